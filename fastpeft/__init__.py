@@ -1,0 +1,55 @@
+"""fastpeft: parameter-efficient fine-tuning with its hot path in Triton kernels.
+
+The names below are loaded on first use, so that `import fastpeft` and `fastpeft --help` cost nothing and need
+neither triton, transformers, peft nor bitsandbytes.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LoRAEmbedding": "fastpeft.layers.lora",
+    "LoRALinear": "fastpeft.layers.lora",
+    "LoraConfig": "fastpeft.methods.lora",
+    "NoTargetError": "fastpeft.methods.targets",
+    "PeftConfig": "fastpeft.methods.config",
+    "PeftModel": "fastpeft.model",
+    "get_peft_model": "fastpeft.model",
+    "lora_linear": "fastpeft.ops.lora",
+    "prepare_for_training": "fastpeft.model",
+}
+
+__all__ = [
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoraConfig",
+    "NoTargetError",
+    "PeftConfig",
+    "PeftModel",
+    "__version__",
+    "get_peft_model",
+    "lora_linear",
+    "prepare_for_training",
+]
+
+if TYPE_CHECKING:
+    from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.targets import NoTargetError
+    from fastpeft.model import PeftModel, get_peft_model, prepare_for_training
+    from fastpeft.ops.lora import lora_linear
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_EXPORTS))

@@ -1,0 +1,66 @@
+"""Which implementation of an op runs here, and the only reader of environment variables.
+
+| name | where it runs | when `auto` chooses it |
+|---|---|---|
+| torch | any device | tensors on a CPU, or where triton is not installed |
+| triton | CUDA, ROCm, XPU; the CPU in Triton's interpreter | tensors on a GPU |
+| reference | anywhere | never |
+
+Environment: FASTPEFT_IMPL replaces what `auto` means; TRITON_INTERPRET=1 (Triton's own variable) makes `triton` legal on
+the CPU, for tests.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+IMPLEMENTATIONS = ("torch", "triton", "reference")
+GPU_DEVICE_TYPES = ("cuda", "xpu")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """True if the triton package can be found; nothing is imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """True if Triton kernels run in its CPU interpreter in this process (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `impl` means for tensors of `dtype` on `device`: "torch", "triton" or "reference".
+
+    Only "auto" chooses. A named implementation is used or refused, never replaced.
+    Raises:  ValueError for an unknown name, NotImplementedError where the named one cannot run, naming what is missing
+    """
+    if impl == "auto":
+        impl = os.environ.get("FASTPEFT_IMPL", "auto")
+    if impl == "auto":
+        on_gpu = device.type in GPU_DEVICE_TYPES and triton_installed() and dtype in KERNEL_DTYPES
+        return "triton" if on_gpu else "torch"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "triton":
+        if not triton_installed():
+            raise NotImplementedError("impl='triton': triton is not installed; pip install triton, or use impl='torch'")
+        if device.type not in GPU_DEVICE_TYPES and not triton_interpreted():
+            raise NotImplementedError(
+                f"impl='triton': expected tensors on one of {GPU_DEVICE_TYPES}, got {device.type}; "
+                "use impl='torch', or set TRITON_INTERPRET=1 before the start to interpret the kernels (tests only)"
+            )
+        if dtype not in KERNEL_DTYPES:
+            raise NotImplementedError(
+                f"impl='triton': expected one of {KERNEL_DTYPES}, got {dtype}: the kernels sum in float32; use impl='torch'"
+            )
+    return impl
+
+
+def matmul_precision(device: torch.device) -> str:
+    """How float32 products are taken in a Triton kernel, "ieee" or "tf32": what PyTorch's own matmul would do here."""
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
