@@ -59,6 +59,14 @@ def test_more_rows_take_taller_tiles_until_processors_are_full():
     assert (wide.block_n, wide.num_warps) == (256, 8)
 
 
+@pytest.mark.parametrize("target", [t for t in TARGETS.values() if t != INTERPRETER], ids=lambda t: t.arch)
+@pytest.mark.parametrize("op", ["gemm", "gemm_dropout", "down", "down_dropout"])
+def test_few_rows_take_a_tile_of_16(op, target):
+    for r in (4, 64, 256):
+        for dtype in DTYPES:
+            assert choose(op, target, M=1, N=4096, R=r, dtype=dtype).block_m == 16
+
+
 def test_unknown_gpus_take_small_tiles():
     config = choose("gemm", TARGETS["sm_999"], M=8192, N=8192, R=16, dtype=torch.bfloat16)
     assert config == choose("gemm", GENERIC, M=8192, N=8192, R=16, dtype=torch.bfloat16)

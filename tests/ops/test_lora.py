@@ -60,13 +60,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("variant", ["torch", "composed", "reference"])
-def test_no_worse_than_eager(name, variant, device, monkeypatch, request):
-    case = CASES[name]
-    if variant == "reference" and case.adapter_dtype:
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the op hands it mixed dtypes"))
-    if (variant, name) == ("composed", "fp32_base_bf16_adapters"):
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason="x is rounded to bfloat16"))
-    check(case, choose(monkeypatch, variant), device)
+def test_no_worse_than_eager(name, variant, device, monkeypatch):
+    check(CASES[name], choose(monkeypatch, variant), device)
 
 
 @pytest.mark.watched
