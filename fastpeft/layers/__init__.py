@@ -1,0 +1,1 @@
+"""nn.Modules over the ops: what is put into a model."""

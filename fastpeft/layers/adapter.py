@@ -1,0 +1,227 @@
+"""What every wrapper of a base module shares: named adapters, which of them are active, and merging.
+
+The attribute names are PEFT's (`base_layer`, `active_adapters`, `merged_adapters`, `disable_adapters`), so state_dict keys
+and code written for PEFT models fit.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+class AdapterLayer(nn.Module):
+    """A base module with named adapters on it. Subclasses hold the adapters' tensors and say how they act.
+
+    A subclass defines
+        adapter_attributes        names of the ModuleDicts / ParameterDicts keyed by adapter name
+        delta_weight(name)        what merging adds to base_layer.weight, or None when the method cannot merge
+        delta_bias(name)          what merging adds to base_layer.bias, or None
+    """
+
+    adapter_attributes: tuple[str, ...] = ()
+    settings_attributes: tuple[str, ...] = ()  # plain dicts keyed by adapter name
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._merged_before_disable: list[str] = []
+
+    def __getattr__(self, name: str):
+        """Attributes of the base module (weight, bias, in_features, padding_idx, ...) are found on the wrapper too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(getattr(self, self.adapter_attributes[0]))
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by their name on disk, e.g. {"lora_A.weight": ..., "lora_B.weight": ...}."""
+        tensors = {}
+        for attribute in self.adapter_attributes:
+            holder = getattr(self, attribute)
+            if name not in holder:
+                continue
+            entry = holder[name]
+            if isinstance(entry, nn.Parameter):
+                tensors[attribute] = entry
+            else:
+                tensors |= {f"{attribute}.{key}": tensor for key, tensor in entry.named_parameters()}
+        return tensors
+
+    def absorb(self, other: "AdapterLayer") -> None:
+        """Take over the adapters of another wrapper of the same class and base module; all entries of a name at once."""
+        for attribute in (*self.adapter_attributes, *self.settings_attributes):
+            getattr(self, attribute).update(getattr(other, attribute))
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter and everything kept for it; a merged one is unmerged first."""
+        if name in self.merged_adapters:
+            self.unmerge()
+        for attribute in (*self.adapter_attributes, *self.settings_attributes):
+            holder = getattr(self, attribute)
+            if name in holder:
+                del holder[name]
+        self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    def check_selection(self, names: Iterable[str]) -> None:
+        """Raise ValueError if these adapters cannot be active together on this module."""
+
+    def set_adapter(self, names: str | Iterable[str], *, trainable: bool = True) -> None:
+        """Make these adapters the active ones, in this order; names this layer does not have are passed over."""
+        wanted = [names] if isinstance(names, str) else list(names)
+        self.check_selection(wanted)
+        self.active_adapters = [name for name in wanted if name in self.adapter_names]
+        for name in self.adapter_names:
+            for tensor in self.adapter_tensors(name).values():
+                if isinstance(tensor, nn.Parameter):  # a full copy of a module may hold buffers too
+                    tensor.requires_grad_(trainable and name in self.active_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off. Off gives the base module's own bits, also when adapters were merged into it."""
+        if not enabled and self.merged_adapters:
+            self._merged_before_disable = list(self.merged_adapters)
+            self.unmerge()
+        self.disable_adapters = not enabled
+        if enabled and self._merged_before_disable:
+            names, self._merged_before_disable = self._merged_before_disable, []
+            self.merge(names)
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def delta_weight(self, name: str) -> torch.Tensor | None:
+        raise NotImplementedError(f"{type(self).__name__}: this method has no merged form")
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        return None
+
+    def merge(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the adapters' weights to the base module's: the sum is taken in float32 (float64 if the base is) and rounded once.
+
+        The base's own Parameter object is set aside, so `unmerge` restores its bits and a tied module never sees the sum.
+        Raises:  ValueError with safe_merge if a merged value is not finite; the base is then unchanged
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in wanted if name in self.adapter_names and name not in self.merged_adapters]
+        if not new:
+            return
+        base = self.base_layer
+        weight, bias = self._unmerged or (base.weight, getattr(base, "bias", None))
+        names = [*self.merged_adapters, *new]
+        merged_weight, merged_bias = self.merged_tensors(names, weight, bias)
+        if safe_merge and not all(t is None or bool(t.isfinite().all()) for t in (merged_weight, merged_bias)):
+            raise ValueError(
+                f"merge: the sum of the base weight and {names} has values that are not finite; not merged"
+            )
+        self._unmerged = (weight, bias)
+        base.weight = nn.Parameter(merged_weight, requires_grad=False)
+        if merged_bias is not None:
+            base.bias = nn.Parameter(merged_bias, requires_grad=False)
+        self.merged_adapters = names
+
+    @torch.no_grad()
+    def merged_tensors(self, names: Iterable[str], weight: torch.Tensor, bias: torch.Tensor | None):
+        """(weight, bias) with the deltas of `names` added; bias stays None where neither base nor adapters have one."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(wide, copy=True)
+        bias_deltas = []
+        for name in names:
+            total += self.delta_weight(name)
+            bias_deltas += [delta for delta in [self.delta_bias(name)] if delta is not None]
+        if not bias_deltas:
+            return total.to(weight.dtype), None
+        merged_bias = sum(bias_deltas).to(wide)
+        merged_bias = merged_bias if bias is None else bias.to(wide) + merged_bias
+        return total.to(weight.dtype), merged_bias.to(weight.dtype)
+
+    def unmerge(self) -> None:
+        """Put the base module's own parameters back, bit for bit."""
+        if self._unmerged is None:
+            return
+        base, (weight, bias) = self.base_layer, self._unmerged
+        for own in (weight, bias):
+            if own is not None:  # the model may have moved, or changed its dtype, while it was merged
+                own.data = own.data.to(base.weight)
+        base.weight = weight
+        if hasattr(base, "bias"):
+            base.bias = bias
+        self._unmerged, self.merged_adapters = None, []
+
+    def bake(self, names: Iterable[str] | None) -> nn.Module:
+        """The base module with the adapters merged in for good: what `merge_and_unload` puts in this wrapper's place."""
+        self.merge(names)
+        self._unmerged, self.merged_adapters = None, []
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        return f"adapters={self.adapter_names}, active={self.active_adapters}, merged={self.merged_adapters}"
+
+
+class ModulesToSaveWrapper(AdapterLayer):
+    """A module that is trained in full: one copy per adapter beside the original, which stays as it was.
+
+    State-dict names are PEFT's: `original_module.*` and `modules_to_save.<adapter>.*`; on disk the adapter's copy has the
+    module's plain name.
+    """
+
+    adapter_attributes = ("modules_to_save",)
+
+    def __init__(self, original_module: nn.Module, adapter_name: str, copy: nn.Module):
+        super().__init__(original_module)
+        del self.base_layer
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict({adapter_name: copy.requires_grad_(True)})
+
+    def __getattr__(self, name: str):
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.chosen(), name)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.original_module
+
+    def chosen(self) -> nn.Module:
+        """The active adapter's copy, or the original when adapters are off or none is active."""
+        if self.disable_adapters or not self.active_adapters:
+            return self.original_module
+        return self.modules_to_save[self.active_adapters[0]]
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return dict(self.modules_to_save[name].state_dict(keep_vars=True)) if name in self.modules_to_save else {}
+
+    def check_selection(self, names: Iterable[str]) -> None:
+        copies = [name for name in names if name in self.modules_to_save]
+        if len(copies) > 1:
+            raise ValueError(
+                f"set_adapter: expected at most one active adapter with a copy of a module, got {copies}; "
+                "full copies (modules_to_save) do not add up"
+            )
+
+    def merge(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
+        """Nothing to add: the copy is used as it is."""
+
+    def bake(self, names: Iterable[str] | None) -> nn.Module:
+        wanted = self.active_adapters if names is None else [name for name in names if name in self.modules_to_save]
+        return self.modules_to_save[wanted[0]] if wanted else self.original_module
+
+    def forward(self, *args, **kwargs):
+        return self.chosen()(*args, **kwargs)

@@ -1,0 +1,26 @@
+"""One file is one PEFT method: a config dataclass and the modules it puts into a model.
+
+METHODS maps the `peft_type` of an adapter_config.json to the config class. A new method is a file and a row here.
+"""
+
+from fastpeft.methods.config import PeftConfig
+from fastpeft.methods.lora import LoraConfig
+
+METHODS: dict[str, type[PeftConfig]] = {
+    "LORA": LoraConfig,
+}
+
+
+def config_from_dict(values: dict) -> PeftConfig:
+    """The config of an adapter_config.json's content.
+
+    Raises:  ValueError without peft_type; NotImplementedError for a method that is not in METHODS
+    """
+    kind = values.get("peft_type")
+    if kind is None:
+        raise ValueError("adapter_config.json: expected a field peft_type, got none; is this an adapter's folder?")
+    if not isinstance(kind, str) or kind not in METHODS:
+        raise NotImplementedError(
+            f"adapter_config.json: peft_type {kind!r} is not one of {sorted(METHODS)}; load it with peft"
+        )
+    return METHODS[kind].from_dict(values)

@@ -1,0 +1,95 @@
+"""What every method's configuration shares: PEFT's field names, checks, and the way to and from adapter_config.json."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastpeft.layers.adapter import AdapterLayer
+
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# New heads, trained in full beside the adapter. PEFT finds DistilBERT's pre_classifier by a bare endswith("classifier").
+HEAD_NAMES = {
+    "SEQ_CLS": ("classifier", "score", "pre_classifier"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass
+class PeftConfig:
+    """Options common to all methods. A method's config adds its own fields and says which modules it wraps, and how."""
+
+    peft_type: ClassVar[str] = ""
+    # Fields that PEFT writes and this method does not have, with the values that mean "not used".
+    unsupported: ClassVar[dict[str, tuple]] = {}
+    # Fields in which two configs of the same tensors may differ: origin, training, and ways to name the same modules.
+    shown_elsewhere: ClassVar[frozenset[str]] = frozenset(
+        {"base_model_name_or_path", "revision", "inference_mode", "task_type"}
+    )
+
+    task_type: str | None = None
+    """What the model is tuned for: SEQ_CLS, TOKEN_CLS, CAUSAL_LM, SEQ_2_SEQ_LM, QUESTION_ANS, FEATURE_EXTRACTION."""
+    base_model_name_or_path: str | None = None
+    """Where the base model came from; written into the adapter."""
+    revision: str | None = None
+    """The base model's revision."""
+    inference_mode: bool = False
+    """True in a saved adapter: load it frozen."""
+
+    def __post_init__(self):
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ValueError(f"{type(self).__name__}: expected task_type one of {TASK_TYPES}, got {self.task_type!r}")
+
+    def heads_to_save(self) -> list[str]:
+        """Names of the heads that are trained in full for this task type, where the model has them."""
+        return list(HEAD_NAMES.get(self.task_type, ()))
+
+    # -- what a method does ---------------------------------------------------------------------------------------------
+
+    def target_paths(self, model: nn.Module) -> list[str]:
+        """Dotted names of the modules that this method wraps, in the model's order. Raises NoTargetError when none match."""
+        raise NotImplementedError
+
+    def wrap(self, path: str, module: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> AdapterLayer:
+        """A new wrapper of `module` with one adapter; the model that holds the module is not changed."""
+        raise NotImplementedError
+
+    def resolved(self, model: nn.Module, paths: list[str]) -> "PeftConfig":
+        """A copy with what was left to defaults spelled out, so that the saved adapter loads without them."""
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        return dataclasses.replace(self, base_model_name_or_path=self.base_model_name_or_path or name or None)
+
+    def differences(self, other: "PeftConfig") -> list[str]:
+        """Fields in which the two differ and that say what an adapter computes from its tensors.
+
+        Where it came from does not, nor what the names and shapes of its tensors show, such as the modules it is on.
+        """
+        if type(self) is not type(other):
+            return ["peft_type"]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.shown_elsewhere]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    # -- on disk --------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as PEFT writes them to adapter_config.json."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+        return {"peft_type": self.peft_type, **plain}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PeftConfig":
+        """A config from the fields of an adapter_config.json, written here or by PEFT.
+
+        Raises:  NotImplementedError if the adapter uses an option that this method does not have here
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {key: value for key, value in values.items() if key in names}
+        for key, unused in cls.unsupported.items():
+            if key in values and values[key] not in unused:
+                raise NotImplementedError(
+                    f"{cls.__name__}: the adapter uses {key}={values[key]!r}, which fastpeft does not have; load it with peft"
+                )
+        return cls(**known)
