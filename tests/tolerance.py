@@ -22,11 +22,26 @@ LOGITS_EQUAL_TO_PEFT = 1e-6
 MERGED_EQUALS_UNMERGED = 1e-5
 """float32 outputs with the adapter merged into the weights against beside them, for `assert_close`."""
 
+OTHER_ORDER_OF_SUMS = 1e-6
+"""The same float32 sums taken in another order (another kernel, recomputed activations), for `assert_close`."""
+
 GRADCHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-6}
 """Arguments of `torch.autograd.gradcheck` for float64."""
 
 KEEP_RATE_SIGMAS = 5.0
 """Standard deviations that a dropout mask's mean may lie from its probability."""
+
+MEAN_OF_DRAWS_SIGMAS = 6.0
+"""Standard deviations that the mean of many dropout draws may lie from the value without dropout, for any of ~50 outputs."""
+
+VARIANCE_OF_DRAWS = 0.25
+"""Relative distance of a variance over 6600 dropout draws from the closed form, for any of ~50 outputs."""
+
+SPREAD_OF_INIT = 0.02
+"""Relative distance of an initial value's standard deviation from its closed form, over some 10^4 elements."""
+
+METRICS_REPEATED = 1e-5
+"""Relative distance of a metric from the same metric computed in other batches."""
 
 STATIC_SHARE_SLACK = 0.01
 """How far a static share (vector width, pipe share) may fall below its recorded value: rounding in the record."""
