@@ -1,0 +1,136 @@
+"""The command line: fastpeft train | evaluate | predict | merge | inspect | demo.
+
+Progress and messages go to standard error; the last line on standard output is one JSON object of results.
+Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted.
+A command's module is imported when it runs, so `fastpeft --help` needs neither torch nor transformers.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+import traceback
+from typing import Any
+
+from fastpeft import __version__
+
+COMMANDS = {
+    "train": "fine-tune a model on your rows; writes an adapter, metrics and a report",
+    "evaluate": "metrics of an adapter on labelled rows",
+    "predict": "labels or responses of an adapter for new rows or texts",
+    "merge": "adapter + base model -> one plain transformers model",
+    "inspect": "what an adapter holds, or what a config would train in a model",
+    "demo": "a complete example: data, training, metrics, report",
+}
+INPUT_ERRORS = (ValueError, TypeError, OSError, NotImplementedError)
+"""What bad input raises; anything else is a fault of the program and shows its traceback."""
+
+USAGE = """usage: fastpeft COMMAND [OPTIONS]
+
+Parameter-efficient fine-tuning.
+
+commands:
+{commands}
+
+options:
+  -h, --help   show this message, or with a command its options
+  --version    show the version
+  --debug      show the traceback of an error
+
+The last line on standard output is one JSON object of results.
+Example: fastpeft train --model MODEL --data reviews.csv --output-dir out --r 16 --lora-alpha 32"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fastpeft {__version__}")
+        return 0
+    command, options = arguments[0], arguments[1:]
+    try:
+        if command not in COMMANDS:
+            raise ValueError(f"fastpeft: expected a command, one of {list(COMMANDS)}, got {command!r}")
+        result = _run(command, options)
+    except INPUT_ERRORS as error:
+        return _fail(error, debug)
+    except ModuleNotFoundError as error:
+        missing = ValueError(
+            f"fastpeft {command} needs {error.name}, which is not installed: pip install 'fastpeft[demo]'"
+        )
+        return _fail(missing.with_traceback(error.__traceback__), debug)
+    except KeyboardInterrupt:
+        print("interrupted; a training run continues from its last checkpoint with --resume", file=sys.stderr)
+        return 130
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _run(command: str, options: list[str]) -> dict:
+    """Parse the options of a command and run it, with everything it prints on standard error."""
+    module = importlib.import_module(f"fastpeft.cli.{command}")
+    config = _parse(module.CONFIG, command, options)
+    results = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr), _quiet_libraries():
+        return module.run(config, results)
+
+
+def _parse(kind: type, command: str, options: list[str]) -> Any:
+    """The config of a command. tyro shows unknown or missing options in its own way and exits with code 2.
+
+    What a config's __post_init__ refuses comes out as the error it raised, not in tyro's frame.
+    """
+    import tyro
+
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, prog=f"fastpeft {command}", args=options, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        refused = _refused_by_config(stop)
+        if refused is not None:
+            raise refused from None
+        sys.stderr.write(shown.getvalue())
+        raise
+
+
+def _refused_by_config(error: BaseException) -> BaseException | None:
+    """The error among the causes of `error` that a __post_init__ raised, or None."""
+    cause = error.__context__
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        if isinstance(cause, INPUT_ERRORS) and any(frame.name == "__post_init__" for frame in frames):
+            return cause
+        cause = cause.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _quiet_libraries():
+    """Warnings of this package as plain lines, and transformers' notices about new heads and such left out."""
+    import warnings
+
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+def _fail(error: BaseException, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return 2

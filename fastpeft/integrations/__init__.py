@@ -1,0 +1,1 @@
+"""The only files that know internals of transformers, peft and bitsandbytes."""

@@ -1,0 +1,277 @@
+"""One training run: data, baseline, training, evaluation, adapter, record, report."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from fastpeft.checkpoint import TENSORS_NAME
+from fastpeft.integrations.transformers import (
+    align_padding,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    model_source,
+)
+from fastpeft.model import PeftModel, get_peft_model
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.evaluate import Evaluator
+from fastpeft.training.examples import classification_examples, prompt_text, prompts_and_responses
+from fastpeft.training.measure import Stopwatch, environment, peak_memory_mb, start_peak_memory
+from fastpeft.training.metrics import (
+    causal_lm_metrics,
+    classification_metrics,
+    confusion_matrix,
+    roc_curve,
+    token_scores,
+)
+from fastpeft.training.precision import fast_float32_matmul
+from fastpeft.training.prepare import RawData, held_out_split, read_training_data, sorted_by_length
+from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
+from fastpeft.training.report import write_report
+from fastpeft.training.run_folder import CHECKPOINTS, RECORD_FILE, REPORT_FILE, TrainingInfo, check_output_folder
+from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
+from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, warmup_steps
+
+_FREE_TO_CHANGE = {"resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir"}
+
+_HYPERPARAMETERS = (
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "bf16", "dtype",
+    "gradient_checkpointing", "load_best_model_at_end", "seed",
+)  # fmt: skip
+
+
+def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> RunRecord:
+    """Fine-tune `config.model` on `config.data` and write the adapter, run.json and report.html into `config.output_dir`.
+
+    A base model and tokenizer that are already loaded may be passed; config.model is then only their name.
+    All options, rows and names are checked before anything is written. An adapter that stands in output_dir is replaced
+    only by a finished run that may overwrite it.
+    Raises:  ValueError, OSError, NotImplementedError with a one-line reason for what is wrong with the input
+    """
+    clock = Stopwatch()
+    folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    checkpoint = _checkpoint_to_resume(config, folder) if config.resume else None
+    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed)
+    source = model_source(config.model) if model is None else config.model
+    tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+    base_config = load_config(source) if model is None else model.config
+    text_format = config.text_format(longest_input(base_config))
+    if raw.task == CAUSAL_LM and raw.columns.text:
+        text_format = dataclasses.replace(
+            text_format, prompt_format="plain", separator=""
+        )  # a prompt is a text's beginning
+    splits = raw.tokenise(tokenizer, text_format)
+
+    transformers.set_seed(config.seed)
+    base = load_model(source, labels=raw.labels, dtype=config.dtype) if model is None else model
+    align_padding(base, tokenizer)
+    wrapped = get_peft_model(base, config.peft_config(raw.task))
+    info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
+    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder)
+    with fast_float32_matmul(run.device):
+        return run.execute(checkpoint, clock)
+
+
+@dataclass
+class _Scores:
+    """What one evaluation of the held-out rows found."""
+
+    metrics: dict[str, float]
+    logits: np.ndarray | None = None
+    responses: list[str] | None = None
+
+
+class _Run:
+    """A run whose input is checked: the model with its adapter, and the tokenised splits."""
+
+    def __init__(
+        self, config: TrainConfig, raw: RawData, splits: dict[str, PreparedSplit], model: PeftModel, tokenizer: Any,
+        info: TrainingInfo, folder: Path,
+    ):  # fmt: skip
+        self.config, self.raw, self.splits, self.tokenizer, self.info = config, raw, splits, tokenizer, info
+        self.folder = folder
+        self.device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+        self.model = model.to(self.device)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.held_out = held_out_split(splits)
+        self.prompts: list[tuple[Any, str]] = []
+        if self.held_out and raw.task != CLASSIFICATION:
+            self.prompts = prompts_and_responses(splits[self.held_out].rows, raw.columns, config.examples)
+        self.arguments = self._arguments()
+
+    def execute(self, checkpoint: Path | None, clock: Stopwatch) -> RunRecord:
+        start_peak_memory(self.device)
+        before = self._score("baseline") if self.config.baseline else None
+        trainer = self._trainer()
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        after = self._score("evaluate")
+        self.model.save_pretrained(self.folder)
+        self.info.save(self.folder)
+        record = self._record(before, after, trainer.state.log_history, clock)
+        if after is None:
+            record.metrics = {"train_loss": outcome.training_loss}
+        record.save(self.folder / RECORD_FILE)
+        if self.config.report:
+            write_report(record, self.folder / REPORT_FILE)
+        return record
+
+    def _score(self, description: str) -> _Scores | None:
+        """Metrics of the held-out rows and answers to the example prompts, or None without held-out rows."""
+        if self.held_out is None:
+            return None
+        features = self.splits[self.held_out].features
+        size = self.config.per_device_eval_batch_size
+        evaluator = Evaluator(self.model, self.tokenizer, batch_size=size, bf16=self.config.bf16)
+        if self.raw.task == CLASSIFICATION:
+            logits = evaluator.class_logits(features, description)
+            return _Scores(classification_metrics(logits, np.asarray(features["labels"])), logits)
+        metrics = causal_lm_metrics(evaluator.token_scores(features, description))
+        prompts = encode_prompts([prompt for prompt, _ in self.prompts], self.tokenizer, self.info.text_format)
+        return _Scores(metrics, responses=evaluator.responses(prompts, self.config.max_new_tokens))
+
+    def _trainer(self) -> Trainer:
+        if self.config.overwrite and (self.folder / CHECKPOINTS).exists():
+            shutil.rmtree(self.folder / CHECKPOINTS)
+        classify = self.raw.task == CLASSIFICATION
+        validation = self.splits.get("validation")
+        return Trainer(
+            self.model,
+            self.arguments,
+            info=self.info,
+            data_collator=Collator(self.tokenizer),
+            train_dataset=self.splits["train"].features,
+            eval_dataset=None if validation is None else sorted_by_length(validation.features),
+            compute_loss_func=classification_loss if classify else None,
+            compute_metrics=_classification_eval if classify else _causal_lm_eval,
+            preprocess_logits_for_metrics=None if classify else token_scores,
+        )
+
+    def _arguments(self) -> transformers.TrainingArguments:
+        config, accumulation = self.config, self.config.gradient_accumulation_steps
+        rows = len(self.splits["train"].features)
+        step_rows = config.per_device_train_batch_size * accumulation
+        evaluates = "validation" in self.splits and config.eval_strategy != "no"
+        metric = config.best_metric(self.raw.task)
+        return transformers.TrainingArguments(
+            output_dir=str(self.folder / CHECKPOINTS),
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=warmup_steps(config.warmup_ratio, rows, step_rows, config.num_train_epochs, config.max_steps),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            optim=config.optim,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            per_device_eval_batch_size=config.per_device_eval_batch_size,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+            bf16=config.bf16,
+            use_cpu=self.device.type == "cpu",
+            eval_strategy=config.eval_strategy if evaluates else "no",
+            eval_steps=config.eval_steps,
+            save_strategy="epoch" if config.eval_strategy == "no" else config.eval_strategy,
+            save_steps=config.eval_steps,
+            save_total_limit=config.save_total_limit,
+            load_best_model_at_end=config.load_best_model_at_end and evaluates,
+            metric_for_best_model=metric if evaluates else None,
+            greater_is_better=metric not in ("loss", "perplexity"),
+            logging_steps=config.logging_steps,
+            logging_first_step=True,
+            seed=config.seed,
+            report_to="none",
+            dataloader_pin_memory=self.device.type != "cpu",
+        )
+
+    def _record(
+        self,
+        before: _Scores | None,
+        after: _Scores | None,
+        history: list[dict[str, Any]],
+        clock: Stopwatch,
+    ) -> RunRecord:
+        trainable, total = self.model.get_nb_trainable_parameters()
+        record = RunRecord(
+            title=self.config.title
+            or f"{Path(self.info.model).name}: {self.config.peft.peft_type} for {self.raw.task}",
+            task=self.raw.task,
+            model=self.info.model,
+            data={name: split.report.to_dict() for name, split in self.splits.items()},
+            peft_config=self.model.peft_config[self.model.active_adapters[0]].to_dict(),
+            training=self.config.to_dict()
+            | {"held_out": self.held_out, "max_length": self.info.text_format.max_length},
+            trainable_parameters=trainable,
+            total_parameters=total,
+            adapter=str(self.folder),
+            adapter_bytes=(self.folder / TENSORS_NAME).stat().st_size,
+            history=history,
+            labels=self.raw.labels,
+            environment=environment(self.device),
+        )
+        if after is not None:
+            self._add_scores(record, before, after)
+        record.peak_memory_mb = peak_memory_mb(self.device)
+        record.seconds, record.cpu_seconds = clock.seconds(), clock.cpu_seconds()
+        return record
+
+    def _hyperparameters(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """What made the result, beside the data and the adapter's config."""
+        chosen = {name: getattr(self.config, name) for name in _HYPERPARAMETERS}
+        if self.config.max_steps < 1:
+            del chosen["max_steps"]
+        steps = max((entry["step"] for entry in history), default=0)
+        found = {"steps": steps, "max_length": self.info.text_format.max_length, "held_out": self.held_out}
+        return chosen | found
+
+    def _add_scores(self, record: RunRecord, before: _Scores | None, after: _Scores) -> None:
+        record.metrics, record.baseline = after.metrics, before.metrics if before else {}
+        split = self.splits[self.held_out]
+        if self.raw.task == CLASSIFICATION:
+            targets = np.asarray(split.features["labels"])
+            record.confusion = confusion_matrix(after.logits, targets)
+            record.roc = roc_curve(after.logits, targets)
+            record.baseline_roc = roc_curve(before.logits, targets) if before else None
+            record.examples = classification_examples(
+                split.rows, self.raw.columns, self.raw.labels, targets.tolist(),
+                before.logits if before else None, after.logits, self.config.examples,
+            )  # fmt: skip
+            return
+        for index, (prompt, response) in enumerate(self.prompts):
+            answers = {"before": before.responses[index]} if before else {}
+            answers["after"] = after.responses[index]
+            record.examples.append({"prompt": prompt_text(prompt), "response": response, **answers})
+
+
+def _classification_eval(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return classification_metrics(prediction.predictions, prediction.label_ids)
+
+
+def _causal_lm_eval(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return causal_lm_metrics(prediction.predictions)
+
+
+def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path:
+    """The last complete checkpoint of the run in `folder`; warns of options that differ from the run's."""
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"resume: no complete checkpoint in {folder / CHECKPOINTS}; start again with --overwrite"
+        )
+    earlier = TrainingInfo.load(checkpoint).config
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    changed = sorted(name for name in now if name not in _FREE_TO_CHANGE and now[name] != earlier.get(name, now[name]))
+    if changed:
+        pairs = ", ".join(f"{name} {earlier[name]!r} -> {now[name]!r}" for name in changed)
+        warnings.warn(f"resume: options differ from the interrupted run's, the result will too: {pairs}", stacklevel=3)
+    return checkpoint

@@ -1,0 +1,117 @@
+"""What one training run did: the numbers behind the JSON line, the report and later comparisons."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+CLASSIFICATION = "classification"
+CAUSAL_LM = "causal_lm"
+TASKS = (CLASSIFICATION, CAUSAL_LM)
+
+
+@dataclass
+class RunRecord:
+    """One run, JSON-serialisable in every field.
+
+    Units: seconds wall clock, cpu_seconds of this process over all threads, peak_memory_mb in 10^6 bytes,
+    adapter_bytes in bytes; accuracy, f1, precision, recall, roc_auc in 0..1; loss in nats.
+
+    data         split name -> {"rows", "truncated_rows", "truncated_tokens", "empty_rows", ...}
+    peft_config  the adapter's config as PEFT writes it; training the hyperparameters
+    baseline     metrics on the held-out set before training, {} if not asked for; metrics: the same after it
+    history      what the Trainer logged, one dict a line: step, epoch, loss, learning_rate, grad_norm or eval_*
+    confusion    rows: true label, columns: predicted label, in the order of `labels`
+    roc          {"fpr": [...], "tpr": [...], "auc": float} of a binary task; baseline_roc: before training
+    examples     {"text" or "prompt", "label" or "response", "before", "after", "probability", ...} a row
+    """
+
+    title: str
+    task: str
+    model: str
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peft_config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    adapter: str = ""
+    adapter_bytes: int = 0
+    baseline: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    labels: list[str] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
+    roc: dict[str, Any] | None = None
+    baseline_roc: dict[str, Any] | None = None
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"RunRecord: expected task in {list(TASKS)}, got {self.task!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON types; a number that is not finite becomes None, as JSON has no NaN."""
+        return _plain(asdict(self))
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the record as JSON to `path`, through a temporary name, and return the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".partial")
+        draft.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "RunRecord":
+        """Read what `save` wrote. Raises FileNotFoundError or ValueError with a one-line reason."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"run record {path}: expected JSON, got {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"run record {path}: expected a JSON object, got {type(values).__name__}")
+        known = {item.name for item in fields(cls)}
+        unknown, missing = sorted(set(values) - known), sorted({"title", "task", "model"} - set(values))
+        if unknown or missing:
+            raise ValueError(f"run record {path}: unknown fields {unknown}, missing fields {missing}")
+        return cls(**values)
+
+    def summary(self) -> dict[str, Any]:
+        """The flat object the command line prints as its last line."""
+        result = {"task": self.task, **self.metrics}
+        result |= {f"baseline_{name}": value for name, value in self.baseline.items()}
+        result |= {
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": self.total_parameters,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_mb": round(self.peak_memory_mb, 1),
+            "adapter": self.adapter,
+        }
+        return _plain(result)
+
+
+def _plain(value: Any) -> Any:
+    """Copy of `value` with sets sorted to lists, tuples as lists, paths as text, non-finite floats as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,166 @@
+"""transformers.Trainer for a model with an adapter: adapter-only checkpoints, exact resume, best adapter at the end.
+
+What differs from transformers.Trainer, and why:
+- It reads the base model's class and forward signature (labels, loss arguments, columns); the wrapper's forward has none.
+- A checkpoint holds the adapter instead of the model, and loading one loads the adapter.
+- Batches grouped by length are drawn from (seed, epoch) alone, and an evaluation leaves the random state as it found it:
+  a run that is resumed continues bit for bit.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.data import Sampler, SequentialSampler
+
+from fastpeft.model import PeftModel
+from fastpeft.training.run_folder import TrainingInfo
+from fastpeft.training.tokenise import IGNORED
+
+_CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
+_STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
+
+
+class Trainer(transformers.Trainer):
+    """transformers.Trainer that trains a fastpeft.PeftModel; any other model passes through unchanged.
+
+    `info`, if given, is written into every checkpoint, so that a checkpoint can be evaluated and used like the result.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: Any = None, *, info: TrainingInfo | None = None, **kwargs: Any):
+        self.info = info
+        is_wrapped = isinstance(model, PeftModel)
+        super().__init__(model.get_base_model() if is_wrapped else model, args, **kwargs)
+        if is_wrapped:
+            self.model = self.model_wrapped = self.callback_handler.model = model
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        wrapped = self.model
+        if isinstance(wrapped, PeftModel):
+            self.model = wrapped.get_base_model()
+        try:
+            super()._set_signature_columns_if_needed()
+        finally:
+            self.model = wrapped
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset
+        known = "length" in getattr(rows, "column_names", ())
+        lengths = rows["length"] if known else [len(row["input_ids"]) for row in rows]
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(list(lengths), group, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else super()._get_eval_sampler(eval_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.save_pretrained(folder)
+            if self.info is not None:
+                self.info.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PeftModel):
+            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+class GroupedByLength(Sampler[int]):
+    """Row numbers in an order where each batch has rows of similar length; a function of (seed, epoch) alone.
+
+    The rows are shuffled, cut into blocks of 50 batches, and sorted by length within a block; then the order of the
+    batches is shuffled, with the longest first so that running out of memory shows at once.
+    """
+
+    BLOCK = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.BLOCK * self.batch_size
+        blocks = [sorted(rows[i : i + size], key=lambda row: -self.lengths[row]) for i in range(0, len(rows), size)]
+        rows = [row for block in blocks for row in block]
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        tail = [batches.pop()] if len(rows) % self.batch_size else []  # only the last batch may be short
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        longest = max(order, key=lambda index: self.lengths[batches[index][0]], default=None)
+        if longest is not None:
+            order.insert(0, order.pop(order.index(longest)))
+        return iter([row for batch in [*(batches[index] for index in order), *tail] for row in batch])
+
+
+def classification_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Mean cross-entropy over all rows of an optimizer step, also when it is accumulated from several batches.
+
+    Shapes:  outputs.logits [B, C], labels [B]; num_items_in_batch: rows in the whole step, or None for this batch alone
+    A model's own loss is the mean over its batch, which weights the rows of a short last batch too high, and models such as
+    BERT take num_items_in_batch without using it: then accumulation over n batches gives n times the gradient.
+    """
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(outputs["logits"].float(), labels, ignore_index=IGNORED, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint-N folder with the largest N that was written to its end, or None.
+
+    A run that is killed while it writes leaves a folder without its last files; that one is passed over.
+    """
+    folder = Path(folder)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    newest_first = sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+    return next((path for path in newest_first if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    try:
+        state = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return f"checkpoint-{state['global_step']}" == checkpoint.name
+
+
+def warmup_steps(ratio: float, rows: int, batch: int, epochs: float, max_steps: int) -> int:
+    """Steps of warm-up: `ratio` of all optimizer steps, rounded up; batch is the rows of one optimizer step."""
+    total = max_steps if max_steps > 0 else math.ceil(math.ceil(rows / batch) * epochs)
+    return math.ceil(ratio * total)
