@@ -1,0 +1,146 @@
+"""AMD machine code of a compiled kernel (CDNA 3): the same metrics as sass.py, read from the assembly text."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop
+
+KIB = 1024
+SIMDS = 4  # per compute unit
+VECTOR_CYCLES = 4  # a vector instruction of 64 lanes on 16
+TRANSCENDENTAL_CYCLES = 16
+LDS_BYTES_PER_CYCLE = 128 / SIMDS
+WAVE = 64
+TRANSCENDENTAL = ("v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_sin_", "v_cos_")
+GLOBAL_LOADS = ("global_load", "buffer_load", "flat_load")
+ATOMICS = ("global_atomic", "buffer_atomic", "flat_atomic")
+# Multiply-adds per clock and SIMD over those of float16 (CDNA 3 white paper, table 1).
+RELATIVE_RATE = {"f32": 1 / 8, "xf32": 1 / 2}
+
+
+@dataclass(frozen=True)
+class ComputeUnit:
+    waves: int  # per SIMD
+    registers: int  # per lane and SIMD, VGPR and AGPR together
+    granule: int
+    lds: int  # bytes
+    half_fma: int  # float16 multiply-adds per clock
+
+
+COMPUTE_UNITS = {"gfx942": ComputeUnit(8, 512, 8, 64 * KIB, 1024)}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """op "v_mfma_f32_32x32x8_bf16_1k"; target: index of the instruction that a branch goes to, else None."""
+
+    op: str
+    target: int | None
+
+
+def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | None) -> Metrics:
+    """Metrics of a kernel compiled for an AMD target; dots: its source's products; tile_fma: see `loop_fma_of`."""
+    unit, text = COMPUTE_UNITS[arch], kernel.asm["amdgcn"]
+    code = disassemble(text)
+    registers, shared = _directive(text, "vgpr_count"), kernel.metadata.shared
+    allocated = max(unit.granule, -(-registers // unit.granule) * unit.granule)
+    waves_by_registers = min(unit.waves, unit.registers // allocated)
+    fits = {
+        "registers": waves_by_registers * SIMDS // num_warps,
+        "shared": unit.lds // shared if shared else unit.waves,
+    }
+    limiter = min(fits, key=fits.get)
+    source_fma = loop_fma_of(dots, tile_fma)
+    loop, loops = main_loop(code, lambda body: _fma_per_wave(body) * num_warps, _load_bytes, source_fma)
+    loop_fma = _fma_per_wave(loop) * num_warps
+    widths = [_width(x.op) for x in loop if x.op.startswith(GLOBAL_LOADS)]
+    return Metrics(
+        arch=arch,
+        registers=registers,
+        stack=_directive(text, "private_segment_fixed_size"),
+        spills=_directive(text, "vgpr_spill_count") + _directive(text, "sgpr_spill_count"),
+        loop_spills=sum(x.op.startswith("scratch_") for x in loop),
+        shared=shared,
+        shared_limit=unit.lds,
+        blocks_per_sm=fits[limiter],
+        limiter=limiter,
+        instructions=len(code),
+        loops=loops,
+        loop_instructions=len(loop),
+        loop_fma=loop_fma,
+        source_fma=source_fma,
+        tensor_ops=instructions_of(code, lambda x: "mfma" if x.op.startswith("v_mfma") else None),
+        expected_tensor_ops={"mfma": True} if dots else {},
+        vec128=sum(w == 16 for w in widths) / len(widths) if widths else None,
+        atomics=sorted({x.op for x in code if x.op.startswith(ATOMICS)}),
+        cycles=_cycles(loop, unit, num_warps),
+    )
+
+
+def disassemble(text: str) -> list[Instruction]:
+    """The instructions of an assembly listing, in order."""
+    labels, rows = {}, []
+    for line in text.split(".amdhsa_kernel")[0].splitlines():
+        line = line.split(";")[0].rstrip()
+        if label := re.match(r"(\.?[\w$.]+):", line):
+            labels[label[1]] = len(rows)
+        elif row := re.match(r"\s+([a-z]\w+)\s*(.*)", line):
+            rows.append((row[1], row[2]))
+    is_branch = re.compile(r"s_c?branch")
+    return [Instruction(op, labels.get(rest.strip()) if is_branch.match(op) else None) for op, rest in rows]
+
+
+def _directive(text: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", text)
+    return int(found[1]) if found else 0
+
+
+def _matrix_shape(op: str) -> tuple[int, str] | None:
+    """(multiply-adds of one wave, operand type) of a matrix instruction."""
+    shape = re.match(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)(?:_\d+b)?_(\w+?)(?:_1k)?$", op)
+    return (int(shape[1]) * int(shape[2]) * int(shape[3]), shape[4]) if shape else None
+
+
+def _fma_per_wave(body: Iterable[Instruction]) -> int:
+    return sum(shape[0] for x in body if (shape := _matrix_shape(x.op)))
+
+
+def _width(op: str) -> int:
+    """Bytes per lane of a memory instruction."""
+    for mark, width in (
+        ("x4", 16),
+        ("b128", 16),
+        ("x3", 12),
+        ("x2", 8),
+        ("b64", 8),
+        ("short", 2),
+        ("u16", 2),
+        ("b16", 2),
+    ):
+        if mark in op:
+            return width * (2 if op.startswith(("ds_read2", "ds_write2")) else 1)
+    return 1 if "byte" in op or "u8" in op or "b8" in op else 4
+
+
+def _load_bytes(body: Iterable[Instruction]) -> int:
+    return sum(_width(x.op) for x in body if x.op.startswith(GLOBAL_LOADS))
+
+
+def _cycles(loop: list[Instruction], unit: ComputeUnit, num_warps: int) -> dict[str, float]:
+    """Cycles of one loop turn of one block, per pipe of a SIMD."""
+    counts: Counter[str] = Counter()
+    tensor = 0.0
+    for x in loop:
+        if shape := _matrix_shape(x.op):
+            tensor += shape[0] / (unit.half_fma / SIMDS * RELATIVE_RATE.get(shape[1], 1))
+        elif x.op.startswith(TRANSCENDENTAL):
+            counts["vector"] += TRANSCENDENTAL_CYCLES
+        elif x.op.startswith("v_"):
+            counts["vector"] += VECTOR_CYCLES
+        elif x.op.startswith("ds_"):
+            counts["shared"] += _width(x.op) * WAVE / LDS_BYTES_PER_CYCLE
+    waves_per_simd = num_warps / SIMDS
+    per_wave = {"tensor": tensor, "issue": len(loop), "vector": counts["vector"], "shared": counts["shared"]}
+    return {pipe: value * waves_per_simd for pipe, value in per_wave.items()}

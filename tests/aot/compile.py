@@ -1,0 +1,138 @@
+"""Compile every kernel as it ships for targets that this machine need not have, and print what came out.
+
+    python -m tests.aot.compile                    a table for all targets
+    python -m tests.aot.compile --arch sm_90       one target; --json prints what test_compile.py reads
+    python -m tests.aot.compile --core             the cases that the test suite compiles, about a third
+    python -m tests.aot.compile --update           write tests/aot/baseline.json
+
+Must run without TRITON_INTERPRET: then kernels are Python functions and cannot be compiled.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHIPPED = "fastpeft.kernels.aot_cases"
+# What the test suite compiles: every kernel and tile in bfloat16 at rank 16, larger ranks and float32 for many rows.
+CORE = re.compile(r"-bf16-r16-|^lora_[a-z_]*-(bf16-r64|bf16-fp32-adapter-r128|fp32-r16)-large")
+DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+
+
+def measure_case(case, arch: str):
+    """Compile one AotCase for `arch`; its Metrics."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tests.aot import amdgcn, sass
+    from tests.aot.metrics import dots_of
+
+    nvidia = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", arch, 64)
+    attrs = {(index,): DIVISIBLE_BY_16 for index in case.divisible}
+    source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    measure = sass.measure if nvidia else amdgcn.measure
+    return measure(compiled, arch, case.num_warps, dots_of(compiled.asm["ttir"]), case.tile_fma)
+
+
+def measure_all(arch: str, module: str = SHIPPED, core: bool = False) -> dict:
+    """Measure the cases of `module` at one target: all, or those that CORE names.
+
+    Returns {"triton": version, "names": of all cases, "cases": {name: {"metrics", "tile_fma", "limits"}}}.
+    """
+    import triton
+
+    cases = importlib.import_module(module).aot_cases(arch)
+    names = [case.name for case in cases]
+    if len(set(names)) < len(names):
+        raise ValueError(f"aot_cases({arch!r}): expected unique names, got {names}")
+    measured = {}
+    for case in cases:
+        if core and not CORE.search(case.name):
+            continue
+        print(f"{arch} {case.name}", file=sys.stderr)  # the last one printed is the one that does not compile
+        metrics = dataclasses.asdict(measure_case(case, arch))
+        measured[case.name] = {"metrics": metrics, "tile_fma": case.tile_fma, "limits": dict(case.limits)}
+    return {"triton": triton.__version__, "names": names, "cases": measured}
+
+
+def measure_in_subprocess(arch: str, module: str = SHIPPED, core: bool = False) -> dict:
+    """`measure_all` in a process in which kernels can be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.aot.compile", "--json", "--arch", arch, "--cases", module]
+    command += ["--core"] if core else []
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(name: str, metrics) -> str:
+    """One line of the table."""
+
+    def share(value):
+        return "   -" if value is None else f"{value:4.2f}"
+
+    busiest = max(metrics.cycles, key=metrics.cycles.get)
+    return (
+        f"{metrics.arch:7} {name:58} {metrics.registers:4} {metrics.spills:4}/{metrics.loop_spills:<4} "
+        f"{metrics.shared / 1024:5.0f} {metrics.blocks_per_sm:3} {metrics.instructions:6} {metrics.loop_instructions:5} "
+        f"{share(metrics.vec128)} {share(metrics.redundancy)} {share(metrics.pipe_share)} {busiest:8} "
+        f"{' '.join(f'{op} {count}' for op, count in metrics.tensor_ops.items())}"
+    )
+
+
+HEAD = (
+    f"{'target':7} {'case':58} {'regs':>4} {'spills':>4}/loop {'KiB':>5} {'blk':>3} {'code':>6} {'loop':>5} "
+    f"{'v128':>4} {'redu':>4} {'p':>4} busiest"
+)
+
+
+def main() -> int:
+    """Command line; the exit code is 1 if a gate fails."""
+    parser = argparse.ArgumentParser(description="ahead-of-time metrics of every kernel", allow_abbrev=False)
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="target; may be repeated; all by default")
+    parser.add_argument("--cases", default=SHIPPED, help="module with aot_cases(arch)")
+    parser.add_argument("--core", action="store_true", help="only the cases that the test suite compiles")
+    parser.add_argument("--json", action="store_true", help="print one JSON line for one target")
+    parser.add_argument("--update", action="store_true", help="write baseline.json")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("expected no TRITON_INTERPRET in the environment; unset it")
+    if options.update and options.core:
+        parser.error("--update records all cases; leave out --core")
+
+    from tests.aot.gates import failures_of, read_baseline, updated, write_baseline
+    from tests.aot.metrics import Metrics
+
+    measured = {arch: measure_all(arch, options.cases, options.core) for arch in options.arch or ARCHS}
+    if options.json:
+        (report,) = measured.values()
+        print(json.dumps(report))
+        return 0
+    print(HEAD)
+    for report in measured.values():
+        for name, case in report["cases"].items():
+            print(row(name, Metrics(**case["metrics"])))
+    baseline = read_baseline()
+    if options.update:
+        for arch, report in measured.items():
+            baseline = updated(baseline, arch, report)
+        write_baseline(baseline)
+    failures = [failure for arch, report in measured.items() for failure in failures_of(arch, report, baseline)]
+    print("\n".join(failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
