@@ -154,6 +154,16 @@ def test_no_text_becomes_markup(make, text):
     assert " ".join(page.text).count(text) > 15
 
 
+def test_the_same_module_of_many_layers_is_named_once():
+    """ "all-linear" is saved as the full path of every module: 210 of them in a 30-layer model."""
+    paths = [f"model.layers.{layer}.{name}" for layer in range(30) for name in ("mlp.up_proj", "self_attn.q_proj")]
+    page = render_report(causal_lm(peft_config={"r": 16, "target_modules": [*paths, "lm_head"]}))
+    assert "Adapters in every lm_head, mlp.up_proj, self_attn.q_proj." in page
+    assert "layers" not in page
+    pattern = r".*\.[0-9]+\.mlp\..*"
+    assert pattern in render_report(causal_lm(peft_config={"r": 16, "target_modules": pattern}))
+
+
 def test_a_record_with_nothing_in_it_gives_a_page():
     for task in (CLASSIFICATION, CAUSAL_LM):
         assert "Empty" in Page(render_report(RunRecord(title="Empty", task=task, model="m"))).content

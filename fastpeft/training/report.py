@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from html import escape
@@ -204,8 +205,7 @@ def _parameters(record: RunRecord) -> str:
     part = record.trainable_parameters / record.total_parameters
     share = share_text(record.trainable_parameters, record.total_parameters)
     frozen = record.total_parameters - record.trainable_parameters
-    targets = record.peft_config.get("target_modules") or []
-    targets = [targets] if isinstance(targets, str) else sorted(map(str, targets))
+    targets = _targets(record.peft_config.get("target_modules"))
     where = f'<p class="note">Adapters in every {escape(", ".join(targets))}.</p>' if targets else ""
     return (
         '<div class="card parameters">'
@@ -214,6 +214,15 @@ def _parameters(record: RunRecord) -> str:
         f'<span class="key after">{count_text(record.trainable_parameters)} trained ({share})</span>'
         f'<span class="key before">{count_text(frozen)} frozen</span></div>{where}</div>'
     )
+
+
+def _targets(modules: Any) -> list[str]:
+    """Target modules by their names within a layer: model.layers.0.mlp.up_proj ... model.layers.29.mlp.up_proj is one.
+
+    A path without a number, and a regular expression, stay as they are.
+    """
+    names = [modules] if isinstance(modules, str) else sorted(map(str, modules or ()))
+    return list(dict.fromkeys(re.sub(r"^([A-Za-z_]\w*\.)*\d+\.(?=[A-Za-z_])", "", name) for name in names))
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -282,6 +291,8 @@ def _says_something(value: Any) -> bool:
 
 def _settings(record: RunRecord) -> str:
     adapter = {key: value for key, value in record.peft_config.items() if _says_something(value)}
+    if "target_modules" in adapter:
+        adapter["target_modules"] = _targets(adapter["target_modules"])
     chosen = dict(record.training)
     chosen.pop("num_train_epochs" if chosen.get("max_steps", -1) > 0 else "max_steps", None)
     training = {name: chosen[key] for key, name in _OPTIONS.items() if _says_something(chosen.get(key))}
