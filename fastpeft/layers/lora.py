@@ -178,10 +178,9 @@ class LoRALinear(_LoRALayer):
             b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
             biases = [bias for bias in map(self._scaled_bias, names) if bias is not None]
             return a, b, self._sum_bias(base_bias, biases), 1.0, 0.0, []
-        biases = [bias for bias in [self._scaled_bias(first)] if bias is not None]
-        bias = self._sum_bias(base_bias, biases)
-        a, b = self.lora_A[first].weight, self.lora_B[first].weight
-        return a, b, bias, self.scaling[first], self._dropout_p(first), names[1:]
+        b = self.lora_B[first]
+        bias = base_bias if b.bias is None else self._sum_bias(base_bias, [self._scaled_bias(first)])
+        return self.lora_A[first].weight, b.weight, bias, self.scaling[first], self._dropout_p(first), names[1:]
 
     def _scaled_bias(self, name: str) -> torch.Tensor | None:
         bias = self.lora_B[name].bias

@@ -2,7 +2,6 @@
 
     python -m tests.aot.compile                    a table for all targets
     python -m tests.aot.compile --arch sm_90       one target; --json prints what test_compile.py reads
-    python -m tests.aot.compile --core             the cases that the test suite compiles, about a third
     python -m tests.aot.compile --update           write tests/aot/baseline.json
 
 Must run without TRITON_INTERPRET: then kernels are Python functions and cannot be compiled.
@@ -13,7 +12,6 @@ import dataclasses
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHIPPED = "fastpeft.kernels.aot_cases"
-# What the test suite compiles: every kernel and tile in bfloat16 at rank 16, larger ranks and float32 for many rows.
-CORE = re.compile(r"-bf16-r16-|^lora_[a-z_]*-(bf16-r64|bf16-fp32-adapter-r128|fp32-r16)-large")
 DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 
@@ -45,8 +41,8 @@ def measure_case(case, arch: str):
     return measure(compiled, arch, case.num_warps, dots_of(compiled.asm["ttir"]), case.tile_fma)
 
 
-def measure_all(arch: str, module: str = SHIPPED, core: bool = False) -> dict:
-    """Measure the cases of `module` at one target: all, or those that CORE names.
+def measure_all(arch: str, module: str = SHIPPED) -> dict:
+    """Measure the cases of `module` at one target.
 
     Returns {"triton": version, "names": of all cases, "cases": {name: {"metrics", "tile_fma", "limits"}}}.
     """
@@ -58,19 +54,16 @@ def measure_all(arch: str, module: str = SHIPPED, core: bool = False) -> dict:
         raise ValueError(f"aot_cases({arch!r}): expected unique names, got {names}")
     measured = {}
     for case in cases:
-        if core and not CORE.search(case.name):
-            continue
         print(f"{arch} {case.name}", file=sys.stderr)  # the last one printed is the one that does not compile
         metrics = dataclasses.asdict(measure_case(case, arch))
         measured[case.name] = {"metrics": metrics, "tile_fma": case.tile_fma, "limits": dict(case.limits)}
     return {"triton": triton.__version__, "names": names, "cases": measured}
 
 
-def measure_in_subprocess(arch: str, module: str = SHIPPED, core: bool = False) -> dict:
+def measure_in_subprocess(arch: str, module: str = SHIPPED) -> dict:
     """`measure_all` in a process in which kernels can be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.aot.compile", "--json", "--arch", arch, "--cases", module]
-    command += ["--core"] if core else []
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -103,19 +96,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="ahead-of-time metrics of every kernel", allow_abbrev=False)
     parser.add_argument("--arch", action="append", choices=ARCHS, help="target; may be repeated; all by default")
     parser.add_argument("--cases", default=SHIPPED, help="module with aot_cases(arch)")
-    parser.add_argument("--core", action="store_true", help="only the cases that the test suite compiles")
     parser.add_argument("--json", action="store_true", help="print one JSON line for one target")
     parser.add_argument("--update", action="store_true", help="write baseline.json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("expected no TRITON_INTERPRET in the environment; unset it")
-    if options.update and options.core:
-        parser.error("--update records all cases; leave out --core")
 
     from tests.aot.gates import failures_of, read_baseline, updated, write_baseline
     from tests.aot.metrics import Metrics
 
-    measured = {arch: measure_all(arch, options.cases, options.core) for arch in options.arch or ARCHS}
+    measured = {arch: measure_all(arch, options.cases) for arch in options.arch or ARCHS}
     if options.json:
         (report,) = measured.values()
         print(json.dumps(report))
