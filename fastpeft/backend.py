@@ -1,4 +1,4 @@
-"""Which implementation of an op runs here, and the only reader of environment variables.
+"""Which implementation of an op runs here, and the only reader of fastpeft's environment variables.
 
 | name | where it runs | when `auto` chooses it |
 |---|---|---|
