@@ -1,10 +1,15 @@
 """README is what a newcomer follows: its commands and its table must be those of the project."""
 
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+
 from benchmarks.lora_linear import table
+from fastpeft.cli import COMMANDS, _parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +23,20 @@ def command_under(heading: str) -> list[str]:
 def test_the_two_commands_are_one_line_each():
     assert command_under("Try it") == ['pip install ".[demo]" && fastpeft demo']
     assert command_under("Run the tests") == ['pip install -e ".[dev]" && python -m pytest -n auto']
+
+
+LINES = re.findall(r"^ {4}fastpeft (.*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_command_lines_parse(line):
+    """README once showed an option that `fastpeft predict` does not have."""
+    command, *options = shlex.split(line)
+    _parse(importlib.import_module(f"fastpeft.cli.{command}").CONFIG, command, options)
+
+
+def test_every_command_but_the_demo_is_shown():
+    assert {line.split()[0] for line in LINES} == set(COMMANDS) - {"demo"}
 
 
 def test_the_measured_table_is_that_of_the_results_file():
