@@ -4,7 +4,8 @@
     dS = s dy b,   dx = dy w + dS a,   da = dS^T x,   db = s dy^T S,   dbias = sum over rows of dy
 
 Kept for backward: x as it came (its producer holds it anyway), S (R columns) and, with dropout, a seed. Neither a mask,
-a dropped x, a float32 copy of x, nor anything of the size of w.
+a dropped x, a float32 copy of x, nor anything of the size of w. Small calls are composed of plain ones instead (see
+`_is_small`): those keep what autograd keeps, a few rows' copies of x in mixed dtypes or with dropout.
 """
 
 import functools
@@ -93,9 +94,8 @@ class _LoRALinearTriton(torch.autograd.Function):
 
         rows = x.reshape(-1, x.shape[-1])
         precision = backend.matmul_precision(x.device)
-        w_run = w.to(x.dtype)
         s = kernels.lora_down(rows, a, scale=scale, seed=seed, threshold=threshold, precision=precision)
-        y = kernels.lora_epilogue(rows, w_run, s, b, bias, precision=precision)
+        y = kernels.lora_epilogue(rows, w.to(x.dtype), s, b, bias, precision=precision)
         _save(ctx, x, s, w, a, b)
         ctx.scale, ctx.seed, ctx.threshold, ctx.precision = scale, seed, threshold, precision
         ctx.bias_dtype = None if bias is None else bias.dtype
