@@ -61,12 +61,15 @@ def _device_target(device_type: str, index: int | None) -> Target:
 
 
 def launch(kernel, grid: tuple[int, ...], config: TileConfig, *args, **constexprs) -> None:
-    """kernel[grid](*args, **constexprs) with the warps and stages of `config`, on the device of the first tensor."""
+    """kernel[grid](*args, **constexprs) with the warps and stages of `config`, on the device of the first argument.
+
+    That is a tensor, or the descriptor of one.
+    """
     recording = _recording.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, args, constexprs, config))
         return
-    with _device_of(args[0]):
+    with _device_of(getattr(args[0], "base", args[0])):
         kernel[grid](*args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 

@@ -26,6 +26,7 @@ INTERPRETER = Target("interpreter", 4)
 GENERIC = Target("generic", 64)
 
 MIN_PADDED_RANK = 16  # the smallest contraction of a tensor core's product
+MIN_TILE_ROWS = 16  # of a tensor core's product
 SKINNY_ROWS = 32  # up to here a kernel is bound by reading w or a, and takes its 16-row tile
 PROGRAMS_PER_PROCESSOR = 2  # one pass over memory needs 64 KB in flight per SM: two programs of the tiles below
 GROUP_M = 8  # row tiles that share w's column tile in L2
@@ -59,19 +60,26 @@ _Rows = tuple[TileConfig, ...]  # from the largest tile to the smallest; one of 
 # grad_a, dropout 12.1 / 15.1 / 20.8  13.3 / 12.6 / 12.5  13.2 / 12.6 / 12.6  14.3 / 16.2 / 22.1
 # * two passes over dy, in chunks of 64: one chunk of 128 takes 255 registers and spills with float32 adapters.
 # float32 adapters over half-precision x are part of the check: their tiles take twice the shared memory.
+# The chunk of 32 ranks over 128x256 on sm_80: larger ones spill 2 to 104 registers in the epilogue. A gain ("gemm_gain")
+# wants two roundings of one tile: 256x256 on sm_100 spills 1300, 128x128 with 4 warps on sm_80 81.
 # Rejected: 4 warps on 128x256 (1500 to 2300 spilled stores), 256x256 with dropout on sm_100 (98), 128x256 with dropout at
 # R = 64 on sm_80 (50), a whole chunk of 128 with dropout on sm_90 (240 KiB).
 _SM_80 = {
     "gemm": {
         64: (_T(128, 256, 64, 32, 8, 3), _T(128, 128, 32, 64, 4, 4),
              _T(64, 128, 64, 64, 4, 4), _T(16, 64, 128, 64, 4, 4)),
-        128: (_T(128, 256, 64, 128, 8, 3), _T(128, 128, 32, 128, 4, 4),
+        128: (_T(128, 256, 64, 32, 8, 3), _T(128, 128, 32, 128, 4, 4),
               _T(64, 128, 64, 128, 4, 4), _T(16, 64, 128, 128, 4, 4)),
+    },
+    "gemm_gain": {
+        128: (_T(128, 256, 64, 32, 8, 3), _T(128, 128, 32, 64, 8, 4),
+              _T(64, 128, 64, 64, 4, 4), _T(16, 64, 128, 64, 4, 4)),
     },
     "gemm_dropout": {
         16: (_T(128, 256, 64, 16, 8, 3), _T(128, 128, 32, 16, 4, 4),
              _T(64, 128, 64, 16, 4, 4), _T(16, 64, 128, 16, 4, 4)),
-        128: (_T(128, 128, 32, 64, 4, 4), _T(64, 128, 64, 64, 4, 4), _T(16, 64, 128, 64, 4, 4)),
+        64: (_T(128, 128, 32, 64, 4, 4), _T(64, 128, 64, 64, 4, 4), _T(16, 64, 128, 64, 4, 4)),
+        128: (_T(128, 128, 64, 32, 8, 3), _T(64, 128, 64, 64, 4, 4), _T(16, 64, 128, 64, 4, 4)),
     },
     "down": {
         16: (_T(64, 1, 128, 16, 4, 4), _T(16, 1, 256, 16, 2, 4)),
@@ -108,6 +116,7 @@ _SM_90 = {
 }  # fmt: skip
 _SM_100 = _SM_90 | {
     "gemm": {128: (_T(256, 256, 64, 64, 8, 3), *_SM_90["gemm"][128])},
+    "gemm_gain": _SM_90["gemm"],
     "gemm_dropout": _SM_90["gemm"],
     "down": _SM_90["down"] | {64: (_T(128, 1, 64, 64, 4, 4), _T(16, 1, 128, 64, 8, 4))},
     "down_dropout": {
@@ -121,8 +130,9 @@ _SM_100 = _SM_90 | {
 # sm_80's instructions with 99 KiB of shared memory: sm_86, sm_89, sm_120.
 _SM_86 = _SM_80 | {
     "gemm": {128: _SM_80["gemm"][128][1:]},
+    "gemm_gain": {128: _SM_80["gemm_gain"][128][1:]},
     "gemm_dropout": {128: _SM_80["gemm_dropout"][128]},
-    "down": _SM_80["down"] | {128: (_T(64, 1, 64, 128, 8, 3), _T(16, 1, 64, 128, 4, 3))},
+    "down": _SM_80["down"] | {128: (_T(64, 1, 64, 128, 4, 2), _T(16, 1, 64, 128, 4, 3))},
     "down_dropout": _SM_80["down_dropout"] | {128: (_T(64, 1, 64, 128, 8, 2), _T(16, 1, 64, 128, 4, 3))},
 }
 _GFX942 = {
@@ -148,6 +158,24 @@ _GFX942 = {
     "grad_a": {128: (_T(32, 1, 256, 128, 4, 2),)},
     "grad_a_dropout": {64: (_T(32, 1, 256, 64, 4, 2),), 128: (_T(32, 1, 128, 128, 4, 2),)},
 }  # fmt: skip
+# A wave of 32 lanes holds the operands of its products twice, and 256 registers: small tiles, ranks in chunks.
+_GFX1100 = {
+    "gemm": {
+        128: (_T(128, 128, 32, 16, 8, 2), _T(128, 64, 32, 16, 4, 2),
+              _T(64, 64, 32, 16, 4, 2), _T(16, 64, 64, 64, 4, 2)),
+    },
+    "down": {
+        16: (_T(64, 1, 64, 16, 4, 2), _T(16, 1, 64, 16, 1, 2)),
+        128: (_T(64, 1, 32, 128, 4, 2), _T(16, 1, 64, 64, 4, 2)),
+    },
+    "down_dropout": {
+        16: (_T(64, 1, 32, 16, 4, 2), _T(16, 1, 32, 16, 1, 2)),
+        128: (_T(64, 1, 32, 64, 4, 2), _T(16, 1, 64, 64, 4, 2)),
+    },
+    "grad_s_b": {16: (_T(32, 64, 1, 16, 4, 2),), 128: (_T(32, 64, 1, 64, 8, 2),)},
+    "grad_a": {16: (_T(32, 1, 256, 16, 4, 2),), 128: (_T(32, 1, 128, 128, 8, 2),)},
+    "grad_a_dropout": {16: (_T(32, 1, 256, 16, 8, 2),), 128: (_T(32, 1, 128, 128, 8, 2),)},
+}  # fmt: skip
 _GENERIC = {
     "gemm": {32: (_T(64, 64, 32, 32, 4, 2), _T(16, 64, 32, 32, 4, 2))},
     "down": {64: (_T(32, 1, 64, 64, 4, 2), _T(16, 1, 64, 64, 4, 2))},
@@ -162,6 +190,12 @@ _FLOAT32 = {
     "grad_s_b": {16: (_T(32, 64, 1, 16, 4, 3),)},
     "grad_a": {32: (_T(32, 1, 64, 32, 4, 3),)},
 }
+_FLOAT32_GFX1100 = {
+    "gemm": {32: (_T(64, 64, 32, 16, 8, 2), _T(32, 64, 32, 16, 4, 2), _T(16, 64, 32, 16, 4, 2))},
+    "down": {32: (_T(64, 1, 32, 16, 4, 2), _T(16, 1, 32, 16, 2, 2))},
+    "grad_s_b": {32: (_T(32, 32, 1, 16, 4, 2),)},
+    "grad_a": {32: (_T(32, 1, 64, 16, 4, 2),)},
+}
 _INTERPRETER = {
     "gemm": {32: (_T(32, 32, 64, 32, 4, 2),)},
     "down": {32: (_T(32, 1, 64, 32, 4, 2),)},
@@ -174,6 +208,7 @@ _TABLE = {
     "sm_90": _SM_90,
     "sm_100": _SM_100,
     "gfx942": _GFX942,
+    "gfx1100": _GFX1100,
     "generic": _GENERIC,
     "interpreter": _INTERPRETER,
 }
@@ -184,31 +219,33 @@ _FAMILIES = {
     "sm_110": "sm_100",
     "sm_120": "sm_86",
     "sm_121": "sm_86",
+    "gfx1101": "gfx1100",
+    "gfx1102": "gfx1100",
     "gfx90a": "gfx942",
     "gfx950": "gfx942",
 }
 
 
 def table_rows(op: str, arch: str, padded: int, dtype: torch.dtype) -> _Rows:
-    """The rows that `choose` picks from. An operation without "_dropout" rows of its own uses the plain ones."""
+    """The rows that `choose` picks from. An operation without "_dropout" or "_gain" rows of its own uses the plain ones."""
     family = _FAMILIES.get(arch, arch)
     table = _TABLE.get(family, _GENERIC)
     if dtype == torch.float32 and table not in (_GENERIC, _INTERPRETER):
-        table = _FLOAT32
-    by_rank = table.get(op) or table[op.removesuffix("_dropout")]
+        table = _FLOAT32_GFX1100 if table is _GFX1100 else _FLOAT32
+    by_rank = table.get(op) or table[op.removesuffix("_dropout").removesuffix("_gain")]
     return by_rank[min((rank for rank in by_rank if rank >= padded), default=max(by_rank))]
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(op: str, target: Target, *, M: int, N: int, R: int, dtype: torch.dtype) -> TileConfig:
-    """The tile of operation `op` ("gemm", "down", "grad_s_b", "grad_a", or one of these + "_dropout") on `target`.
+    """The tile of operation `op` ("gemm", "down", "grad_s_b", "grad_a", one of these + "_dropout", "gemm_gain") on `target`.
 
     M and N are the rows and columns of the result that is tiled. Up to SKINNY_ROWS rows take the 16-row tile, if there is
     one; more take the largest tile that still gives every processor a program, or the smallest.
     """
     padded = padded_rank(R)
     rows = table_rows(op, target.arch, padded, dtype)
-    skinny = rows[-1] if rows[-1].block_m == 16 and len(rows) > 1 else None
+    skinny = rows[-1] if rows[-1].block_m == MIN_TILE_ROWS and len(rows) > 1 else None
     tall = rows[:-1] if skinny else rows
     if skinny and M <= SKINNY_ROWS:
         config = skinny

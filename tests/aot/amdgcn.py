@@ -1,20 +1,18 @@
-"""AMD machine code of a compiled kernel (CDNA 3): the same metrics as sass.py, read from the assembly text."""
+"""AMD machine code of a compiled kernel (CDNA 3, RDNA 3): the same metrics as sass.py, read from the assembly text."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop
+from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop, share_of_wide
 
 KIB = 1024
-SIMDS = 4  # per compute unit
-VECTOR_CYCLES = 4  # a vector instruction of 64 lanes on 16
-TRANSCENDENTAL_CYCLES = 16
-LDS_BYTES_PER_CYCLE = 128 / SIMDS
-WAVE = 64
+TRANSCENDENTAL_COST = 4  # vector instructions that one of these takes as long as
+LDS_BYTES_PER_CYCLE = 128  # per compute unit
 TRANSCENDENTAL = ("v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_sin_", "v_cos_")
 GLOBAL_LOADS = ("global_load", "buffer_load", "flat_load")
+MATRIX = ("v_mfma_", "v_wmma_")
 ATOMICS = ("global_atomic", "buffer_atomic", "flat_atomic")
 # Multiply-adds per clock and SIMD over those of float16 (CDNA 3 white paper, table 1).
 RELATIVE_RATE = {"f32": 1 / 8, "xf32": 1 / 2}
@@ -22,14 +20,20 @@ RELATIVE_RATE = {"f32": 1 / 8, "xf32": 1 / 2}
 
 @dataclass(frozen=True)
 class ComputeUnit:
+    wave: int  # lanes
+    simds: int
     waves: int  # per SIMD
     registers: int  # per lane and SIMD, VGPR and AGPR together
     granule: int
     lds: int  # bytes
     half_fma: int  # float16 multiply-adds per clock
+    vector_cycles: int  # of one wave's vector instruction
 
 
-COMPUTE_UNITS = {"gfx942": ComputeUnit(8, 512, 8, 64 * KIB, 1024)}
+COMPUTE_UNITS = {
+    "gfx942": ComputeUnit(64, 4, 8, 512, 8, 64 * KIB, 1024, 4),
+    "gfx1100": ComputeUnit(32, 2, 16, 1536, 24, 64 * KIB, 256, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,13 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
     allocated = max(unit.granule, -(-registers // unit.granule) * unit.granule)
     waves_by_registers = min(unit.waves, unit.registers // allocated)
     fits = {
-        "registers": waves_by_registers * SIMDS // num_warps,
+        "registers": waves_by_registers * unit.simds // num_warps,
         "shared": unit.lds // shared if shared else unit.waves,
     }
     limiter = min(fits, key=fits.get)
     source_fma = loop_fma_of(dots, tile_fma)
     loop, loops = main_loop(code, lambda body: _fma_per_wave(body) * num_warps, _load_bytes, source_fma)
     loop_fma = _fma_per_wave(loop) * num_warps
-    widths = [_width(x.op) for x in loop if x.op.startswith(GLOBAL_LOADS)]
     return Metrics(
         arch=arch,
         registers=registers,
@@ -71,10 +74,11 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
         loop_instructions=len(loop),
         loop_fma=loop_fma,
         source_fma=source_fma,
-        tensor_ops=instructions_of(code, lambda x: "mfma" if x.op.startswith("v_mfma") else None),
-        expected_tensor_ops={"mfma": True} if dots else {},
-        vec128=sum(w == 16 for w in widths) / len(widths) if widths else None,
+        tensor_ops=instructions_of(code, lambda x: x.op[2:6] if x.op.startswith(MATRIX) else None),
+        expected_tensor_ops=_expected_tensor_ops(arch, dots),
+        vec128=share_of_wide(_width(x.op) for x in loop if x.op.startswith(GLOBAL_LOADS)),
         atomics=sorted({x.op for x in code if x.op.startswith(ATOMICS)}),
+        threads=num_warps * unit.wave,
         cycles=_cycles(loop, unit, num_warps),
     )
 
@@ -99,8 +103,15 @@ def _directive(text: str, name: str) -> int:
 
 def _matrix_shape(op: str) -> tuple[int, str] | None:
     """(multiply-adds of one wave, operand type) of a matrix instruction."""
-    shape = re.match(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)(?:_\d+b)?_(\w+?)(?:_1k)?$", op)
+    shape = re.match(r"v_(?:mfma|wmma)_\w+?_(\d+)x(\d+)x(\d+)(?:_\d+b)?_(\w+?)(?:_1k)?$", op)
     return (int(shape[1]) * int(shape[2]) * int(shape[3]), shape[4]) if shape else None
+
+
+def _expected_tensor_ops(arch: str, dots: list[Dot]) -> dict[str, bool]:
+    """{instruction: must it be there}: CDNA has matrix instructions for every type, RDNA 3 for halves only."""
+    if arch.startswith("gfx11"):
+        return {"wmma": True} if any(dot.precision == "half" for dot in dots) else {}
+    return {"mfma": True} if dots else {}
 
 
 def _fma_per_wave(body: Iterable[Instruction]) -> int:
@@ -134,13 +145,13 @@ def _cycles(loop: list[Instruction], unit: ComputeUnit, num_warps: int) -> dict[
     tensor = 0.0
     for x in loop:
         if shape := _matrix_shape(x.op):
-            tensor += shape[0] / (unit.half_fma / SIMDS * RELATIVE_RATE.get(shape[1], 1))
+            tensor += shape[0] / (unit.half_fma / unit.simds * RELATIVE_RATE.get(shape[1], 1))
         elif x.op.startswith(TRANSCENDENTAL):
-            counts["vector"] += TRANSCENDENTAL_CYCLES
+            counts["vector"] += TRANSCENDENTAL_COST * unit.vector_cycles
         elif x.op.startswith("v_"):
-            counts["vector"] += VECTOR_CYCLES
+            counts["vector"] += unit.vector_cycles
         elif x.op.startswith("ds_"):
-            counts["shared"] += _width(x.op) * WAVE / LDS_BYTES_PER_CYCLE
-    waves_per_simd = num_warps / SIMDS
+            counts["shared"] += _width(x.op) * unit.wave / (LDS_BYTES_PER_CYCLE / unit.simds)
+    waves_per_simd = num_warps / unit.simds
     per_wave = {"tensor": tensor, "issue": len(loop), "vector": counts["vector"], "shared": counts["shared"]}
     return {pipe: value * waves_per_simd for pipe, value in per_wave.items()}

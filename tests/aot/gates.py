@@ -12,6 +12,7 @@ Gates that a case's own `limits`, or an exception, may set: see GATES.
 
 import fnmatch
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ from tests.tolerance import STATIC_SHARE_SLACK
 BASELINE = Path(__file__).with_name("baseline.json")
 ABANDONED_REGISTERS = 32  # ptxas reports this beside thousands of spills when it gives up on a kernel
 
-# name: (value that every case gets, what it bounds). `spills` and `redundancy` are upper bounds, the others lower.
+# name: value that every case gets. The first half are upper bounds, the others lower.
 GATES = {
     "spills": 0,  # spill instructions in the whole kernel
     "loop_spills": 0,  # spill instructions in the main loop
-    "vec128": 0.8,  # share of the main loop's global loads with 16 bytes per thread
     "redundancy": 1.0,  # multiply-adds executed over those in the source
+    "loop_instructions": math.inf,  # of one turn of the main loop
+    "instructions_per_element": math.inf,  # lane-instructions of one turn over the elements it consumes
+    "vec128": 0.8,  # share of the main loop's global bytes in loads of 16 bytes per thread
+    "bytes_in_flight": 0,  # of the streamed tensor, per processor
     "pipe_share": 0.0,  # tensor cycles over the busiest pipe's, per loop turn
 }
 
@@ -77,7 +81,14 @@ def absolute_failures(metrics: Metrics, limits: Mapping[str, float]) -> list[str
     if metrics.blocks_per_sm < 1:
         failures.append(f"no block fits on a processor, limited by {metrics.limiter}")
     if metrics.vec128 is not None and metrics.vec128 < gate["vec128"]:
-        failures.append(f"{metrics.vec128:.2f} of the main loop's global loads are 16 bytes wide < {gate['vec128']}")
+        failures.append(f"{metrics.vec128:.2f} of the main loop's global bytes in 16-byte loads < {gate['vec128']}")
+    if metrics.loop_instructions > gate["loop_instructions"]:
+        failures.append(f"{metrics.loop_instructions} instructions per loop turn > {gate['loop_instructions']}")
+    per_element, in_flight = metrics.instructions_per_element, metrics.bytes_in_flight
+    if per_element is not None and per_element > gate["instructions_per_element"]:
+        failures.append(f"{per_element:.2f} instructions per element > {gate['instructions_per_element']}")
+    if in_flight is not None and in_flight < gate["bytes_in_flight"]:
+        failures.append(f"{in_flight} bytes in flight per processor < {gate['bytes_in_flight']}")
     if metrics.redundancy is not None and metrics.redundancy > gate["redundancy"] + STATIC_SHARE_SLACK:
         failures.append(f"the main loop multiplies {metrics.redundancy:.2f} x what its source asks")
     if metrics.pipe_share is not None and metrics.pipe_share < gate["pipe_share"]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 HALF_TYPES = ("f16", "bf16")
@@ -46,9 +46,13 @@ class Metrics:
     source_fma: int  # multiply-adds of one turn of the source's main loop
     tensor_ops: dict[str, int]  # instruction -> count, whole kernel
     expected_tensor_ops: dict[str, bool]  # instruction -> must it occur; others must not
-    vec128: float | None  # share of the loop's global loads that move 16 bytes per thread; None: it has no such load
+    vec128: float | None  # share of the loop's global bytes in loads of 16 bytes per thread or TMA; None: no such load
     atomics: list[str]  # on global memory
+    threads: int  # per block
     cycles: dict[str, float] = field(default_factory=dict)  # per pipe and loop turn
+    stages: int = 1  # of the loop's pipeline
+    elements: int | None = None  # of the streamed tensor that one loop turn of one block consumes
+    stage_bytes: int | None = None  # of that tensor in one stage
 
     @property
     def pipe_share(self) -> float | None:
@@ -63,6 +67,16 @@ class Metrics:
         if not self.loop_fma or not self.source_fma:
             return None
         return self.loop_fma / self.source_fma
+
+    @property
+    def instructions_per_element(self) -> float | None:
+        """Instructions of all lanes in one loop turn, over the elements of the streamed tensor that it consumes."""
+        return self.loop_instructions * self.threads / self.elements if self.elements else None
+
+    @property
+    def bytes_in_flight(self) -> int | None:
+        """Bytes of the streamed tensor that one processor has asked for while it works on others."""
+        return (self.stages - 1) * self.stage_bytes * self.blocks_per_sm if self.stage_bytes else None
 
 
 def dots_of(ttir: str) -> list[Dot]:
@@ -122,3 +136,9 @@ def instructions_of(code: Sequence, kind: Callable[..., str | None]) -> dict[str
     counts = Counter(kind(x) for x in code)
     counts.pop(None, None)
     return dict(sorted(counts.items()))
+
+
+def share_of_wide(widths: Iterable[int]) -> float | None:
+    """Of the bytes that loads of these widths move, the share in loads of 16; None without a load."""
+    moved = [width for width in widths if width]
+    return sum(width for width in moved if width == 16) / sum(moved) if moved else None

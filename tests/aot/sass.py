@@ -15,7 +15,7 @@ from pathlib import Path
 
 import triton
 
-from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop
+from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop, share_of_wide
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -45,6 +45,7 @@ PROCESSORS = {
     "sm_89": Processor(100 * KIB, 99 * KIB, 1536, 24, 512, 1),
     "sm_90": Processor(228 * KIB, 227 * KIB, 2048, 32, 2048, 1),
     "sm_100": Processor(228 * KIB, 227 * KIB, 2048, 32, 4096, 1),
+    "sm_120": Processor(100 * KIB, 99 * KIB, 1536, 24, 512, 1),
 }
 
 # Cycles of one warp's instruction on its pipe (arithmetic throughput table of the same guide).
@@ -93,7 +94,6 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
     loop, loops = main_loop(code, lambda body: _fma_per_warp(body) * warps, _load_bytes, source_fma)
     hidden_shapes = any(x.op.startswith("UTC") for x in loop)  # tcgen05: the shape is in a descriptor
     loop_fma = source_fma if hidden_shapes else _fma_per_warp(loop) * warps
-    widths = [_width(x.op) for x in loop if x.name in ("LDG", "LDGSTS")]
     return Metrics(
         arch=arch,
         registers=resources["REG"],
@@ -111,8 +111,9 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
         source_fma=source_fma,
         tensor_ops=instructions_of(code, _tensor_kind),
         expected_tensor_ops=_expected_tensor_ops(arch, dots),
-        vec128=sum(w == 16 for w in widths) / len(widths) if widths else None,
+        vec128=share_of_wide(_load_width(x) for x in loop),
         atomics=sorted({x.op for x in code if x.name in ATOMICS}),
+        threads=threads,
         cycles=_cycles(loop, processor, warps, loop_fma),
     )
 
@@ -187,9 +188,13 @@ def _width(op: str) -> int:
     return next((widths[part] for part in parts if part in widths), 4)
 
 
+def _load_width(x: Instruction) -> int:
+    """Bytes per thread that an instruction loads from global memory; a TMA load counts as the widest."""
+    return 16 if x.name == "UTMALDG" else _width(x.op) if x.name in ("LDG", "LDGSTS") else 0
+
+
 def _load_bytes(body: Iterable[Instruction]) -> int:
-    """Bytes per thread that the body loads from global memory; a TMA load counts as the widest."""
-    return sum(_width(x.op) for x in body if x.name in ("LDG", "LDGSTS")) + 16 * sum(x.name == "UTMALDG" for x in body)
+    return sum(_load_width(x) for x in body)
 
 
 def _cycles(loop: list[Instruction], processor: Processor, warps: int, fma: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ from tests.aot.gates import BASELINE, failures_of, read_baseline
 KERNELS = {  # launcher: how many distinct compilations of it there are at least
     "lora_down": 4,
     "lora_epilogue": 4,
+    "lora_epilogue_gain": 2,
     "lora_grad_s_b": 4,
     "lora_grad_x": 4,
     "lora_grad_a": 4,

@@ -35,6 +35,7 @@ GOOD = Metrics(
     expected_tensor_ops={"HGMMA": True},
     vec128=1.0,
     atomics=[],
+    threads=128,
     cycles={"tensor": 100.0, "issue": 50.0},
 )
 
@@ -43,7 +44,7 @@ EXPECTED = {
     "spill": "spill instructions > 0",
     "atomics": "atomics",
     "shared memory": "bytes of shared memory >",
-    "narrow loads": "0.00 of the main loop's global loads",
+    "narrow loads": "0.00 of the main loop's global bytes",
     "slow tensor cores": "expected tensor instructions ['HGMMA'], got {'HMMA'",
     "repeated work": "x what its source asks",
 }
@@ -52,7 +53,7 @@ EXPECTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_planted_faults_are_found(arch):
-    measured = aot.measure_in_subprocess(arch, "tests.aot.planted")["cases"]
+    measured = aot.measure_in_subprocess(arch, ["tests.aot.planted"])["cases"]
     for fault, message in EXPECTED.items():
         if arch == "gfx942" and fault == "slow tensor cores":
             continue
@@ -72,7 +73,7 @@ def test_planted_faults_are_found(arch):
         ({"stack": 16}, "16 bytes of local memory"),
         ({"shared": 4096}, "4096 bytes of shared memory > 2048"),
         ({"blocks_per_sm": 0}, "no block fits"),
-        ({"vec128": 0.5}, "0.50 of the main loop's global loads"),
+        ({"vec128": 0.5}, "0.50 of the main loop's global bytes"),
         ({"loop_fma": 4096}, "2.00 x what its source asks"),
         ({"tensor_ops": {}}, "expected tensor instructions"),
         ({"tensor_ops": {"HGMMA": 4, "HMMA": 1}}, "expected tensor instructions"),
@@ -88,8 +89,23 @@ def test_each_absolute_gate(change, message):
 def test_limits_replace_gates():
     assert "pipe share 1.00 < 1.5" in absolute_failures(GOOD, {"pipe_share": 1.5})[0]
     assert absolute_failures(dataclasses.replace(GOOD, vec128=0.5), {"vec128": 0.4}) == []
+    assert "80 instructions per loop turn > 79" in absolute_failures(GOOD, {"loop_instructions": 79})[0]
     with pytest.raises(ValueError, match="expected names among"):
         absolute_failures(GOOD, {"speed": 1})
+
+
+def test_one_pass_kernels_are_held_to_instructions_and_bytes():
+    """80 instructions of 128 threads for 4096 elements; two stages ahead of 8 KiB in two blocks are 32 KiB."""
+    streaming = dataclasses.replace(GOOD, stages=3, elements=4096, stage_bytes=8192)
+    assert streaming.instructions_per_element == 2.5
+    assert streaming.bytes_in_flight == 32768
+    assert absolute_failures(streaming, {"instructions_per_element": 2.5, "bytes_in_flight": 32768}) == []
+    limits = {"instructions_per_element": 2.4, "bytes_in_flight": 36864}
+    assert absolute_failures(streaming, limits) == [
+        "2.50 instructions per element > 2.4",
+        "32768 bytes in flight per processor < 36864",
+    ]
+    assert absolute_failures(GOOD, limits) == []
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,16 @@ def test_epilogue_reads_the_low_rank_factors_once_per_tile(m, n, k, r, probe):
     assert gemm.asked == gemm_bytes(m, n, k, r) | {("bias_ptr", "load"): row_tiles * n * BYTES}
 
 
+@pytest.mark.parametrize(("m", "n", "k", "r"), SIZES, ids=IDS)
+def test_a_gain_costs_a_second_output_and_no_second_read(m, n, k, r, probe):
+    x, w, s, b = draw(m, k), draw(n, k), draw(m, lora.padded_rank(r)), draw(n, r)
+    lora.lora_epilogue(x, w, s, b, None, gain=torch.ones(n), precision="ieee")
+    (gemm,) = probe.launches
+    row_tiles = cdiv(m, tiles("gemm", m, n, r).block_m)
+    extra = {("gain_ptr", "load"): row_tiles * n * 4, ("z_ptr", "store"): m * n * BYTES}
+    assert gemm.asked == gemm_bytes(m, n, k, r) | extra
+
+
 @pytest.mark.parametrize("threshold", [0, 6554], ids=["whole", "dropout"])
 @pytest.mark.parametrize(("m", "n", "k", "r"), SIZES, ids=IDS)
 def test_grad_x_moves_what_the_forward_moves(m, n, k, r, threshold, probe):

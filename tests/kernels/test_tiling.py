@@ -10,7 +10,7 @@ from fastpeft.kernels import tiling
 from fastpeft.kernels.launch import dot_precision, launch, record_launches, rows_contiguous, target_of
 from fastpeft.kernels.tiling import GENERIC, INTERPRETER, Target, choose, padded_rank, parts_along
 
-OPERATIONS = ["gemm", "gemm_dropout", "down", "down_dropout", "grad_s_b", "grad_a", "grad_a_dropout"]
+OPERATIONS = ["gemm", "gemm_dropout", "gemm_gain", "down", "down_dropout", "grad_s_b", "grad_a", "grad_a_dropout"]
 TARGETS = {
     "sm_75": Target("sm_75", 40),
     "sm_80": Target("sm_80", 108),
@@ -31,7 +31,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def loop_bytes(op: str, config: tiling.TileConfig, itemsize: int) -> int:
     """Shared memory of a pipelined loop's tiles: a lower bound of what the kernel takes."""
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
-    tile = {"gemm": (m + n) * k, "down": (m + r) * k, "grad_s_b": m * n, "grad_a": m * k}[op.removesuffix("_dropout")]
+    tile = {"gemm": (m + n) * k, "down": (m + r) * k, "grad_s_b": m * n, "grad_a": m * k}[
+        op.removesuffix("_dropout").removesuffix("_gain")
+    ]
     return tile * itemsize * max(1, config.num_stages - 1)
 
 
