@@ -19,6 +19,8 @@ _EXPORTS = {
     "get_peft_model": "fastpeft.model",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
+    "prepare_model_for_kbit_training": "fastpeft.model",
+    "quantize": "fastpeft.integrations.quantize",
 }
 
 __all__ = [
@@ -32,14 +34,17 @@ __all__ = [
     "get_peft_model",
     "lora_linear",
     "prepare_for_training",
+    "prepare_model_for_kbit_training",
+    "quantize",
 ]
 
 if TYPE_CHECKING:
+    from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.config import PeftConfig
     from fastpeft.methods.lora import LoraConfig
     from fastpeft.methods.targets import NoTargetError
-    from fastpeft.model import PeftModel, get_peft_model, prepare_for_training
+    from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.ops.lora import lora_linear
 
 

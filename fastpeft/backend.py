@@ -7,12 +7,15 @@
 | reference | anywhere | never |
 
 Environment: FASTPEFT_IMPL replaces what `auto` means; TRITON_INTERPRET=1 (Triton's own variable) makes `triton` legal on
-the CPU, for tests.
+the CPU, for tests; FASTPEFT_TUNE_DIR is where `fastpeft tune` keeps what it measured.
 """
 
 import functools
 import importlib.util
 import os
+import platform
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -64,3 +67,43 @@ def matmul_precision(device: torch.device) -> str:
     """How float32 products are taken in a Triton kernel, "ieee" or "tf32": what PyTorch's own matmul would do here."""
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
+
+
+class GpuFacts(NamedTuple):
+    """What PyTorch knows about a device; zeros where it does not. clock in Hz, bandwidth in bytes/s, l2 in bytes."""
+
+    name: str
+    arch: str
+    processors: int
+    clock: float
+    bandwidth: float
+    l2: float
+
+
+def gpu_facts(device: torch.device) -> GpuFacts:
+    """Facts of a CUDA or ROCm device; of any other device its name, with zeros."""
+    if device.type != "cuda":
+        name = platform.processor() or platform.machine() if device.type == "cpu" else device.type
+        return GpuFacts(name, device.type, 1, 0.0, 0.0, 0.0)
+    properties = torch.cuda.get_device_properties(device)
+    amd = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    arch = amd.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
+    memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3  # PyTorch says kHz
+    bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
+    return GpuFacts(
+        name=properties.name,
+        arch=arch,
+        processors=properties.multi_processor_count,
+        clock=getattr(properties, "clock_rate", 0) * 1e3,
+        bandwidth=2.0 * memory_clock * bus_bytes,
+        l2=float(getattr(properties, "L2_cache_size", 0)),
+    )
+
+
+def tune_folder() -> Path:
+    """Where `fastpeft tune` keeps its tables: FASTPEFT_TUNE_DIR, else the user's cache folder."""
+    named = os.environ.get("FASTPEFT_TUNE_DIR")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fastpeft" / "tune"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fastpeft.checkpoint import KEY_PREFIX, compare, read_adapter, write_adapter
+from fastpeft.layers.base_weight import is_linear_4bit, keep_model_unpacked, weight_shape
 from fastpeft.methods import config_from_dict
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import base_modules
@@ -50,8 +52,15 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def forward(self, *args, **kwargs):
-        return self.base_model(*args, **kwargs)
+    def forward(self, *args, adapter_names: Iterable[str] | None = None, **kwargs):
+        """The base model's forward. adapter_names: one adapter per item of the batch, "__base__" for none."""
+        with self.base_model.adapters_per_item(adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args, adapter_names: Iterable[str] | None = None, **kwargs):
+        """The base model's generate; adapter_names as in forward."""
+        with self.base_model.adapters_per_item(adapter_names):
+            return self.get_base_model().generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""
@@ -60,6 +69,11 @@ class PeftModel(nn.Module):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self.base_model.peft_config
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """What transformers' Trainer asks of a quantised model: whether it has adapters, and so something to train."""
+        return bool(self.peft_config)
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -127,8 +141,11 @@ class PeftModel(nn.Module):
     # -- counts ---------------------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters; a tied parameter counts once."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        """(trainable, all) numbers of parameters; a tied parameter counts once, a quantised one as it was before."""
+        packed = {
+            id(module.weight): math.prod(weight_shape(module)) for module in self.modules() if is_linear_4bit(module)
+        }
+        sizes = [(packed.get(id(p), p.numel()), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -293,7 +310,9 @@ def prepare_for_training(
     """Freeze a model and, if asked, recompute activations in backward instead of keeping them.
 
     No dtype changes: unlike PEFT's prepare_model_for_kbit_training, norms, embeddings and the head are not copied to float32.
+    Raises:  ValueError for a 4-bit model that bitsandbytes has repacked
     """
+    keep_model_unpacked(model)
     model.requires_grad_(False)
     if use_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
@@ -301,6 +320,20 @@ def prepare_for_training(
         if hasattr(model, "config"):
             model.config.use_cache = False
     return model
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """prepare_for_training by PEFT's name, with its default: checkpointing on. For models of any kind, quantised or not.
+
+    PEFT's own also copies every other half-precision weight to float32: norms, embeddings, the head. That makes the whole
+    residual stream float32 and costs 2 bytes a number (1 GB for a vocabulary of 128K by 4096) without more accurate sums:
+    norms sum in float32 in any case, and the adapter's tensors are float32. Here nothing is copied.
+    """
+    return prepare_for_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 def require_input_gradients(model: nn.Module) -> None:

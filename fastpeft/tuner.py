@@ -7,6 +7,7 @@ module or a checkpoint of another model is found before anything has changed.
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,9 @@ from torch import nn
 
 from fastpeft.checkpoint import KEY_PREFIX
 from fastpeft.layers.adapter import AdapterLayer, ModulesToSaveWrapper
+from fastpeft.layers.base_weight import BaseParameters, is_quantized, keep_model_unpacked
+from fastpeft.layers.row_adapters import named_items
+from fastpeft.layers.shared_input import link_siblings
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import base_modules, is_inside, paths_of_saved_modules
 
@@ -80,6 +84,7 @@ class Tuner(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        keep_model_unpacked(model)
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
@@ -149,6 +154,11 @@ class Tuner(nn.Module):
                 raise ValueError(
                     f"modules_to_save: {path} holds modules that another adapter wraps; delete that adapter first"
                 )
+            if any(map(is_quantized, module.modules())):
+                raise ValueError(
+                    f"modules_to_save: expected modules with full weights, got {path}, which is quantised and cannot be trained "
+                    "in full; leave it unquantised (skip_modules of fastpeft.quantize)"
+                )
             copies[path] = ModulesToSaveWrapper(module, name, copy.deepcopy(module, memo))
         self._warn_of_ties(copies)
         return copies
@@ -213,6 +223,7 @@ class Tuner(nn.Module):
                     setattr(parent, attribute, layer)
         self._biases_of[injection.name] = TrainedBiases(injection.biases)
         self.peft_config[injection.name] = injection.config
+        link_siblings(self.model)
 
     def _owners(self) -> dict[int, list[tuple[nn.Module, str]]]:
         """Every (parent, attribute) that holds a module: a shared module has several."""
@@ -248,6 +259,16 @@ class Tuner(nn.Module):
         self.active_adapters = wanted
         if not any(layer.merged for layer in layers):
             self._put_biases(wanted)
+
+    def adapters_per_item(self, names: Iterable[str] | None) -> AbstractContextManager:
+        """Inside, item i of a batch goes through the adapter names[i], or through none where that is "__base__".
+
+        Raises:  what row_adapters.named_items raises
+        """
+        if names is None:
+            return nullcontext()
+        biased = [name for name, biases in self._biases_of.items() if biases.trained()]
+        return named_items(self.model, [layer for _, layer in self.layers()], list(names), self.peft_config, biased)
 
     def _put_biases(self, names: Iterable[str]) -> None:
         """Let the model hold the biases that these adapters trained, unless adapters are disabled; else the base's."""
@@ -336,8 +357,8 @@ class Tuner(nn.Module):
         for path, layer in self.layers():
             merging = [name for name in names if name in layer.adapter_names]
             if merging and not isinstance(layer, ModulesToSaveWrapper):
-                base = layer.get_base_layer()
-                merged = layer.merged_tensors(merging, base.weight, getattr(base, "bias", None))
+                own = BaseParameters.of(layer.get_base_layer())
+                merged = layer.merged_tensors(merging, own.dense(), own.bias)
                 if not all(tensor is None or bool(tensor.isfinite().all()) for tensor in merged):
                     raise ValueError(
                         f"merge_and_unload: {path} has values that are not finite with {names}; nothing was merged"

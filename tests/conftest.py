@@ -4,13 +4,17 @@ The environment is set before torch and triton are imported, since both read it 
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: threads cost up to four times what they give
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the poison below turns on deterministic algorithms
-os.environ.pop("FASTPEFT_IMPL", None)  # a developer's choice must not decide what is tested
+os.environ.pop("FASTPEFT_IMPL", None)  # a developer's choice must not decide what is tested,
+os.environ["FASTPEFT_TUNE_DIR"] = os.path.join(
+    tempfile.gettempdir(), "fastpeft-tests-no-tune-tables"
+)  # nor a measurement
 
 import pytest
 import torch

@@ -156,7 +156,7 @@ def test_an_adapter_of_another_model_is_refused(files, classifier, capsys):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["tune"], "expected a command, one of ['train',"),
+        (["fly"], "expected a command, one of ['train',"),
         (["predict", "--adapter", "x"], "expected either texts or --input"),
         (["inspect"], "expected --adapter or --model"),
         (["evaluate", "--adapter", "nothing", "--data", "nothing.csv"], "nothing.csv"),

@@ -6,7 +6,9 @@ from typing import Literal, TextIO
 
 @dataclass(kw_only=True)
 class MergeConfig:
-    """Merge an adapter into its base model and save a plain transformers folder."""
+    """Merge an adapter into its base model and save a plain transformers folder.
+
+    An adapter that was trained on a quantised base is merged into the full weights: quantising the sum would round it."""
 
     adapter: str
     """Folder of the adapter."""
@@ -31,7 +33,9 @@ def run(config: MergeConfig, results: TextIO) -> dict:
 
     clock = Stopwatch()
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite)
-    adapter = TrainedAdapter.load(config.adapter, base_model=config.model, dtype=config.dtype, use_cpu=True)
+    adapter = TrainedAdapter.load(
+        config.adapter, base_model=config.model, dtype=config.dtype, use_cpu=True, full_weights=True
+    )
     adapter.save_merged(folder, overwrite=config.overwrite)
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {

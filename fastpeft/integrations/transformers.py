@@ -46,7 +46,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _one_line(f"tokenizer of {source}", error) from error
+        raise one_line(f"tokenizer of {source}", error) from error
 
 
 def load_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
@@ -55,7 +55,7 @@ def load_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _one_line(f"model {source}", error) from error
+        raise one_line(f"model {source}", error) from error
 
 
 def load_model(
@@ -83,7 +83,7 @@ def load_model(
             config.problem_type = "single_label_classification"
         return auto.from_pretrained(source, config=config, dtype=DTYPES[dtype], ignore_mismatched_sizes=bool(labels))
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise _one_line(f"model {source}", error) from error
+        raise one_line(f"model {source}", error) from error
 
 
 def align_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,7 +110,7 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def _one_line(what: str, error: Exception) -> Exception:
+def one_line(what: str, error: Exception) -> Exception:
     """The same kind of error (ValueError for kinds of their own) with its first sentence, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     kind = next((kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind)), ValueError)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fastpeft.layers.base_weight import BaseParameters, keep_unpacked
+
 
 class AdapterLayer(nn.Module):
     """A base module with named adapters on it. Subclasses hold the adapters' tensors and say how they act.
@@ -24,11 +26,13 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
+        keep_unpacked(base_layer)
         self.base_layer = base_layer
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.row_adapters: list[str] | None = None  # one name per item of the batch, while a mixed batch runs
+        self._unmerged: BaseParameters | None = None  # the base's own, while others stand in their place
         self._merged_before_disable: list[str] = []
 
     def __getattr__(self, name: str):
@@ -117,6 +121,7 @@ class AdapterLayer(nn.Module):
     def merge(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters' weights to the base module's: the sum is taken in float32 (float64 if the base is) and rounded once.
 
+        A quantised weight is dequantised, summed, and quantised again with its own settings: that rounds as quantising did.
         The base's own Parameter object is set aside, so `unmerge` restores its bits and a tied module never sees the sum.
         Raises:  ValueError with safe_merge if a merged value is not finite; the base is then unchanged
         """
@@ -124,23 +129,22 @@ class AdapterLayer(nn.Module):
         new = [name for name in wanted if name in self.adapter_names and name not in self.merged_adapters]
         if not new:
             return
-        base = self.base_layer
-        weight, bias = self._unmerged or (base.weight, getattr(base, "bias", None))
+        own = self._unmerged or BaseParameters.of(self.base_layer)
         names = [*self.merged_adapters, *new]
-        merged_weight, merged_bias = self.merged_tensors(names, weight, bias)
-        if safe_merge and not all(t is None or bool(t.isfinite().all()) for t in (merged_weight, merged_bias)):
+        weight, bias = self.merged_tensors(names, own.dense(), own.bias)
+        if safe_merge and not all(t is None or bool(t.isfinite().all()) for t in (weight, bias)):
             raise ValueError(
                 f"merge: the sum of the base weight and {names} has values that are not finite; not merged"
             )
-        self._unmerged = (weight, bias)
-        base.weight = nn.Parameter(merged_weight, requires_grad=False)
-        if merged_bias is not None:
-            base.bias = nn.Parameter(merged_bias, requires_grad=False)
-        self.merged_adapters = names
+        own.with_values(weight, bias).install(self.base_layer)
+        self._unmerged, self.merged_adapters = own, names
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str], weight: torch.Tensor, bias: torch.Tensor | None):
-        """(weight, bias) with the deltas of `names` added; bias stays None where neither base nor adapters have one."""
+        """(weight, bias) with the deltas of `names` added; bias stays None where neither base nor adapters have one.
+
+        weight: the base's own, dense, in its stored layout; the result has its dtype
+        """
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
         bias_deltas = []
@@ -150,21 +154,15 @@ class AdapterLayer(nn.Module):
         if not bias_deltas:
             return total.to(weight.dtype), None
         merged_bias = sum(bias_deltas).to(wide)
-        merged_bias = merged_bias if bias is None else bias.to(wide) + merged_bias
-        return total.to(weight.dtype), merged_bias.to(weight.dtype)
+        if bias is None:
+            return total.to(weight.dtype), merged_bias.to(weight.dtype)
+        return total.to(weight.dtype), (bias.to(wide) + merged_bias).to(bias.dtype)
 
     def unmerge(self) -> None:
         """Put the base module's own parameters back, bit for bit."""
-        if self._unmerged is None:
-            return
-        base, (weight, bias) = self.base_layer, self._unmerged
-        for own in (weight, bias):
-            if own is not None:  # the model may have moved, or changed its dtype, while it was merged
-                own.data = own.data.to(base.weight)
-        base.weight = weight
-        if hasattr(base, "bias"):
-            base.bias = bias
-        self._unmerged, self.merged_adapters = None, []
+        if self._unmerged is not None:
+            self._unmerged.install(self.base_layer)
+            self._unmerged, self.merged_adapters = None, []
 
     def bake(self, names: Iterable[str] | None) -> nn.Module:
         """The base module with the adapters merged in for good: what `merge_and_unload` puts in this wrapper's place."""
@@ -227,4 +225,14 @@ class ModulesToSaveWrapper(AdapterLayer):
         return self.modules_to_save[wanted[0]] if wanted else self.original_module
 
     def forward(self, *args, **kwargs):
-        return self.chosen()(*args, **kwargs)
+        if self.row_adapters is None or self.disable_adapters:
+            return self.chosen()(*args, **kwargs)
+        from fastpeft.layers.row_adapters import by_name
+
+        first, *rest = args
+
+        def run(name: str, items: torch.Tensor) -> torch.Tensor:
+            module = (self.modules_to_save if name in self.modules_to_save else {name: self.original_module})[name]
+            return module(items, *rest, **kwargs)
+
+        return by_name(self, first, run)

@@ -1,93 +1,70 @@
-"""LoRA over a linear or an embedding module.
+"""LoRA and DoRA over a linear module; LoRA over an embedding is in lora_embedding.py.
 
-    linear      y = W x + bias + sum over active adapters of s (B (A drop(x)) + lora_bias)
-    embedding   y = W[ids] + sum over active adapters of s (A^T)[ids] B^T
+    LoRA    y = W x + bias + sum over active adapters of s (B (A drop(x)) + lora_bias)
+    DoRA    y = m (W + s B A) x / ||W + s B A||_row + bias
 
-Source:  Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732
+Source:  Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353
 """
 
 import math
-import numbers
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastpeft.layers.adapter import AdapterLayer
-from fastpeft.ops.lora import lora_linear
+from fastpeft.layers import shared_input
+from fastpeft.layers.base_weight import (
+    BaseParameters,
+    compute_dtype,
+    frozen_weight,
+    is_conv1d,
+    is_linear_base,
+    is_quantized,
+    weight_shape,
+)
+from fastpeft.layers.lora_embedding import LoRAEmbedding
+from fastpeft.layers.lora_settings import InitLoraWeights, LoRALayer
+from fastpeft.layers.row_adapters import lora_linear_layer
+from fastpeft.ops.dora import EPS, dora_linear
+from fastpeft.ops.dora_torch import row_norm, row_squares
+from fastpeft.ops.frozen_linear import frozen_linear
+from fastpeft.ops.lora_group import Projection, lora_linear_group
+from fastpeft.ops.weights import FrozenWeight, dense
 
-InitLoraWeights = bool | Literal["gaussian"]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' Conv1D (GPT-2): a linear whose weight is stored [K, N]. Known by name: no import needed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def lora_scale(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def check_rank(where: str, r: int, lora_alpha: float, lora_dropout: float) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"{where}: expected rank r >= 1, got r={r!r}; a common choice is 16")
-    if not _is_number(lora_dropout) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"{where}: expected 0 <= lora_dropout < 1, got {lora_dropout!r}")
-    if not _is_number(lora_alpha) or not math.isfinite(lora_alpha):
-        raise ValueError(f"{where}: expected a finite number lora_alpha, got {lora_alpha!r}")
+__all__ = ["LoRAEmbedding", "LoRALinear"]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+class Magnitude(nn.Module):
+    """The lengths m [N] of DoRA's rows: PEFT's name for them ends in `.weight`, but not on disk."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
 
 
-class _LoRALayer(AdapterLayer):
-    """The settings that linear and embedding share, keyed by adapter name."""
-
-    settings_attributes = ("r", "lora_alpha", "scaling")
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-
-    def _set(self, name: str, r: int, lora_alpha: float, use_rslora: bool, lora_dropout: float) -> None:
-        check_rank(type(self).__name__, r, lora_alpha, lora_dropout)
-        if "." in name or not name:
-            raise ValueError(f"{type(self).__name__}: expected an adapter name without dots, got {name!r}")
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self.scaling[name] = lora_scale(r, lora_alpha, use_rslora)
-
-    def _factory(self, autocast_adapter_dtype: bool) -> dict:
-        """Where and in which dtype an adapter's tensors are made: with the base, in float32 where the base is half precision."""
-        weight = self.base_layer.weight
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if (half and autocast_adapter_dtype) or not weight.is_floating_point() else weight.dtype
-        return {"device": weight.device, "dtype": dtype}
-
-
-class LoRALinear(_LoRALayer):
-    """A linear module with LoRA: a drop-in for the nn.Linear or transformers Conv1D that it wraps.
+class LoRALinear(LoRALayer):
+    """A linear module with LoRA or DoRA: a drop-in for the linear that it wraps.
 
         y = x W^T + bias + s (drop(x) A^T) B^T,    s = lora_alpha / r   (lora_alpha / sqrt(r) with use_rslora)
+        with use_dora:  y = m / ||W + s B A||_row * (x W^T + s (x A^T) B^T) + bias,  dropout as in ops/dora.py
 
-    Shapes:  x [..., K] -> y [..., N]; A [r, K], B [N, r]
-    Dtypes:  A and B are float32 over a float16 or bfloat16 base (autocast_adapter_dtype), else the base's dtype
-    Grads:   x, A, B, lora_bias, and the base's bias if it requires one; the base's weight is frozen
+    Shapes:  x [..., K] -> y [..., N]; A [r, K], B [N, r], m [N]
+    Bases:   nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt
+    Dtypes:  A, B, m are float32 over a float16, bfloat16 or quantised base (autocast_adapter_dtype), else the base's dtype.
+             They are rounded to x's dtype for the products; exact=True takes these in float32: ops/lora_group.py has the errors
+    Grads:   x, A, B, m, lora_bias, and the base's bias if it requires one; the base's weight is frozen
     Init:    True: A Kaiming-uniform, B zero (the wrapped module's function is unchanged); "gaussian": A ~ N(0, 1/r), B zero;
-             False: both Kaiming-uniform
+             False: both Kaiming-uniform. m = ||W + s B A||_row
     impl:    implementation of the op: "auto", "torch", "triton", "reference"
+    Sharing: linears that are called one after another with one input are computed together (shared_input.py)
     Raises:  TypeError for a base module that is not linear; ValueError for r < 1 or dropout outside [0, 1)
-    Source:  Hu et al. 2021, arXiv:2106.09685
+    Source:  Hu et al. 2021, arXiv:2106.09685; Liu et al. 2024, arXiv:2402.09353
 
     >>> layer = LoRALinear(nn.Linear(64, 64), r=8, lora_alpha=16)
     """
 
-    adapter_attributes = ("lora_A", "lora_B")
-    settings_attributes = (*_LoRALayer.settings_attributes, "lora_dropout")
+    adapter_attributes = ("lora_A", "lora_B")  # and lora_magnitude_vector, where an adapter has one
+    settings_attributes = (*LoRALayer.settings_attributes, "lora_dropout")
 
     def __init__(
         self,
@@ -98,19 +75,24 @@ class LoRALinear(_LoRALayer):
         *,
         adapter_name: str = "default",
         use_rslora: bool = False,
+        use_dora: bool = False,
         lora_bias: bool = False,
         init_lora_weights: InitLoraWeights = True,
         autocast_adapter_dtype: bool = True,
         impl: str = "auto",
+        exact: bool = False,
     ):
-        if not (isinstance(base_layer, nn.Linear) or is_conv1d(base_layer)):
+        if not is_linear_base(base_layer):
             raise TypeError(
                 f"LoRALinear: expected an nn.Linear or transformers Conv1D, got {type(base_layer).__name__}"
             )
+        if use_dora and lora_bias:
+            raise ValueError("LoRALinear: expected use_dora or lora_bias, got both; DoRA has no bias of its own")
         super().__init__(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
-        self.impl = impl
-        n, k = self._weight().shape
+        self.impl, self.exact = impl, exact
+        self.followers: shared_input.Followers | None = None  # set by link_siblings
+        n, k = weight_shape(base_layer)
         self.in_features, self.out_features = k, n
         self._set(adapter_name, r, lora_alpha, use_rslora, lora_dropout)
         factory = self._factory(autocast_adapter_dtype)
@@ -118,6 +100,12 @@ class LoRALinear(_LoRALayer):
         self.lora_B = nn.ModuleDict({adapter_name: nn.Linear(r, n, bias=lora_bias, **factory)})
         self.lora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()})
         self._reset(adapter_name, init_lora_weights)
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._row_squares: tuple | None = None
+        if use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(
+                self._initial_magnitude(adapter_name, factory["dtype"])
+            )
         base_layer.weight.requires_grad_(False)
         if base_layer.bias is not None:
             base_layer.bias.requires_grad_(False)
@@ -137,10 +125,42 @@ class LoRALinear(_LoRALayer):
         if b.bias is not None:
             nn.init.zeros_(b.bias)
 
-    def _weight(self) -> torch.Tensor:
+    @torch.no_grad()
+    def _initial_magnitude(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        squares = self.row_squares()
+        w = dense(self._weight(), squares.dtype)
+        return row_norm(w, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], squares).to(dtype)
+
+    # -- adapters: those of AdapterLayer, and a magnitude where there is one ----------------------------------------------
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        tensors = super().adapter_tensors(name)
+        if name in self.lora_magnitude_vector:
+            tensors["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
+        return tensors
+
+    def absorb(self, other: "LoRALinear") -> None:
+        super().absorb(other)
+        self.lora_magnitude_vector.update(other.lora_magnitude_vector)
+
+    def delete_adapter(self, name: str) -> None:
+        super().delete_adapter(name)
+        if name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[name]
+
+    # -- what goes into the op --------------------------------------------------------------------------------------------
+
+    def _weight(self) -> FrozenWeight:
         """The frozen weight as [N, K], whatever way the base stores it."""
-        weight = self.base_layer.weight
-        return weight.t() if self.fan_in_fan_out else weight
+        return frozen_weight(self.base_layer)
+
+    def row_squares(self) -> torch.Tensor:
+        """rowsum(W^2) [N]; computed anew when the base holds another weight than the last time, or changed it."""
+        held = self.base_layer.weight
+        mark = id(held), held.data_ptr(), held._version, held.dtype, held.device
+        if self._row_squares is None or self._row_squares[0] != mark:
+            self._row_squares = mark, row_squares(self._weight())
+        return self._row_squares[1]
 
     def _dropout_p(self, name: str) -> float:
         dropout = self.lora_dropout[name]
@@ -149,25 +169,84 @@ class LoRALinear(_LoRALayer):
     def _base_is_plain(self) -> bool:
         """True if the base's forward is just its weight and bias: no subclass, hook, or instance override to honour."""
         base = self.base_layer
-        own_forward = self.fan_in_fan_out or type(base).forward is nn.Linear.forward
+        own = type(base).forward
+        own_forward = self.fan_in_fan_out or own is nn.Linear.forward
+        if not own_forward and is_quantized(base):
+            own_forward = own.__module__.startswith("bitsandbytes.") and not base.weight.is_floating_point()
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return own_forward and not hooked and "forward" not in base.__dict__ and not base.weight.requires_grad
 
+    def shared_call(self, x: torch.Tensor) -> "shared_input.Call | None":
+        """What this layer computes for x, if one call of lora_linear_group does all of it."""
+        names = self.active_adapters
+        if len(names) != 1 or self.disable_adapters or self.merged_adapters or not self._base_is_plain():
+            return None
+        (name,), base = names, self.base_layer
+        b = self.lora_B[name]
+        if b.bias is not None or name in self.lora_magnitude_vector or compute_dtype(base, x.dtype) != x.dtype:
+            return None
+        projection = Projection(
+            self._weight(), self.lora_A[name].weight, b.weight, base.bias, self.scaling[name], self._dropout_p(name)
+        )
+        return shared_input.Call(projection, self.impl, self.exact)
+
+    # -- forward ----------------------------------------------------------------------------------------------------------
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = self.active_adapters
+        if self.row_adapters is not None and not self.disable_adapters:
+            return lora_linear_layer(self, x)
         if self.disable_adapters or self.merged_adapters or not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base(x, *args, **kwargs)
+        call = self.shared_call(x)
+        if call is not None:
+            return shared_input.forward(self, call, x)
+        plain = [name for name in names if name not in self.lora_magnitude_vector]
         if not self._base_is_plain():
             y = self.base_layer(x, *args, **kwargs)
+        elif len(names) == 1 and not plain:
+            return self._dora(x, names[0], self.base_layer.bias)
         else:
-            a, b, bias, scale, dropout_p, names = self._leading(names)
-            y = lora_linear(x, self._weight(), a, b, bias, scale=scale, dropout_p=dropout_p, impl=self.impl)
+            members, left = (
+                ([Projection(self._weight(), bias=self.base_layer.bias)], []) if not plain else self._leading(plain)
+            )
+            y = self._computed(x, members)
+            names = left + [name for name in names if name not in plain]
         for name in names:
-            y = y + self._low_rank(x, name).to(y.dtype)
+            y = y + self._update(x, name).to(y.dtype)
         return y
 
-    def _leading(self, names: list[str]):
-        """(a, b, bias, scale, dropout_p) of the adapters that go into the base's op, and the names that are left.
+    def _base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The base alone. A quantised one goes through our product: bitsandbytes' is wrong on a CPU where blocks cross rows."""
+        if not is_quantized(self.base_layer) or not self._base_is_plain():
+            return self.base_layer(x, *args, **kwargs)
+        wanted = compute_dtype(self.base_layer, x.dtype)
+        return frozen_linear(x.to(wanted), self._weight(), self.base_layer.bias, impl=self.impl).to(x.dtype)
+
+    def _computed(self, x: torch.Tensor, members: list[Projection]) -> torch.Tensor:
+        """One projection, in the dtype that the base computes in."""
+        wanted = compute_dtype(self.base_layer, x.dtype)
+        (y,) = lora_linear_group(x.to(wanted), members, impl=self.impl, exact=self.exact)
+        return y if wanted == x.dtype else y.to(x.dtype)
+
+    def _dora(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
+        wanted = compute_dtype(self.base_layer, x.dtype)
+        y = dora_linear(
+            x.to(wanted),
+            self._weight(),
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.lora_magnitude_vector[name].weight,
+            bias,
+            scale=self.scaling[name],
+            dropout_p=self._dropout_p(name),
+            w_sq=self.row_squares(),
+            impl=self.impl,
+        )
+        return y if wanted == x.dtype else y.to(x.dtype)
+
+    def _leading(self, names: list[str]) -> tuple[list[Projection], list[str]]:
+        """What of several adapters goes into the base's op, and the names that are left.
 
         Adapters without dropout join into one of the summed rank; one with dropout goes in alone, as its mask is its own.
         """
@@ -177,10 +256,11 @@ class LoRALinear(_LoRALayer):
             a = torch.cat([self.lora_A[name].weight for name in names])
             b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
             biases = [bias for bias in map(self._scaled_bias, names) if bias is not None]
-            return a, b, self._sum_bias(base_bias, biases), 1.0, 0.0, []
+            return [Projection(self._weight(), a, b, self._sum_bias(base_bias, biases))], []
         b = self.lora_B[first]
         bias = base_bias if b.bias is None else self._sum_bias(base_bias, [self._scaled_bias(first)])
-        return self.lora_A[first].weight, b.weight, bias, self.scaling[first], self._dropout_p(first), names[1:]
+        a, scale, p = self.lora_A[first].weight, self.scaling[first], self._dropout_p(first)
+        return [Projection(self._weight(), a, b.weight, bias, scale, p)], names[1:]
 
     def _scaled_bias(self, name: str) -> torch.Tensor | None:
         bias = self.lora_B[name].bias
@@ -192,73 +272,29 @@ class LoRALinear(_LoRALayer):
             return base_bias
         return sum(biases) if base_bias is None else base_bias + sum(biases)
 
-    def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """s (B (A drop(x)) + lora_bias) alone, for what cannot go into the base's op."""
+    def _update(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What one adapter alone adds to the base's output, for what cannot go into the base's op."""
+        if name in self.lora_magnitude_vector:
+            return self._dora(x, name, None) - self._computed(x, [Projection(self._weight())])
         a, b = self.lora_A[name].weight, self.lora_B[name]
         dropped = F.dropout(x, self._dropout_p(name)).to(a.dtype)
         return F.linear(F.linear(dropped, a), b.weight, b.bias) * self.scaling[name]
 
+    # -- merging ----------------------------------------------------------------------------------------------------------
+
     def delta_weight(self, name: str) -> torch.Tensor:
-        """s B A in the base weight's layout, in float32 or wider."""
+        """s B A, or with DoRA m (W + s B A) / ||W + s B A||_row - W, in the base weight's layout, in float32 or wider."""
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         wide = torch.promote_types(a.dtype, torch.float32)
         delta = (b.to(wide) @ a.to(wide)).mul_(self.scaling[name])
+        if name in self.lora_magnitude_vector:
+            own = (self._unmerged or BaseParameters.of(self.base_layer)).dense()
+            wide = torch.promote_types(wide, own.dtype)
+            w = (own.t() if self.fan_in_fan_out else own).to(wide)
+            v = w + delta.to(wide)
+            gain = self.lora_magnitude_vector[name].weight.to(wide) / v.norm(dim=1).clamp_min(EPS)
+            delta = v.mul_(gain[:, None]).sub_(w)
         return delta.t() if self.fan_in_fan_out else delta
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return self._scaled_bias(name)
-
-
-class LoRAEmbedding(_LoRALayer):
-    """An embedding with LoRA: a drop-in for the nn.Embedding that it wraps.
-
-        y = W[ids] + s (A^T)[ids] B^T,    times the base's own embed_scale where it has one (Gemma 3)
-
-    Shapes:  ids [...] integers below V -> y [..., D]; A [r, V], B [D, r]
-    Init:    True: A zero, B ~ N(0, 1) as in PEFT (the wrapped module's function is unchanged); False: both ~ N(0, 1)
-    Raises:  TypeError for a base module that is not an nn.Embedding; ValueError for r < 1
-    """
-
-    adapter_attributes = ("lora_embedding_A", "lora_embedding_B")
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 8,
-        *,
-        adapter_name: str = "default",
-        use_rslora: bool = False,
-        init_lora_weights: InitLoraWeights = True,
-        autocast_adapter_dtype: bool = True,
-    ):
-        if not isinstance(base_layer, nn.Embedding):
-            raise TypeError(f"LoRAEmbedding: expected an nn.Embedding, got {type(base_layer).__name__}")
-        super().__init__(base_layer)
-        self._set(adapter_name, r, lora_alpha, use_rslora, 0.0)
-        vocabulary, dim = base_layer.weight.shape
-        factory = self._factory(autocast_adapter_dtype)
-        a = torch.zeros(r, vocabulary, **factory) if init_lora_weights else torch.randn(r, vocabulary, **factory)
-        self.lora_embedding_A = nn.ParameterDict({adapter_name: nn.Parameter(a)})
-        self.lora_embedding_B = nn.ParameterDict({adapter_name: nn.Parameter(torch.randn(dim, r, **factory))})
-        base_layer.weight.requires_grad_(False)
-        self.set_adapter(adapter_name)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(ids)
-        if self.disable_adapters or self.merged_adapters:
-            return y
-        base = self.base_layer
-        options = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
-        for name in self.active_adapters:
-            rows = F.embedding(ids, self.lora_embedding_A[name].t(), *options)
-            delta = (rows @ self.lora_embedding_B[name].t()) * self.scaling[name]
-            embed_scale = getattr(base, "embed_scale", None)
-            y = y + (delta if embed_scale is None else delta * embed_scale).to(y.dtype)
-        return y
-
-    def delta_weight(self, name: str) -> torch.Tensor:
-        """s (B A)^T, [V, D], in float32 or wider."""
-        a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return (a.t().to(wide) @ b.t().to(wide)).mul_(self.scaling[name])

@@ -8,7 +8,10 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
-from fastpeft.layers.lora import LoRAEmbedding, LoRALinear, check_rank, is_conv1d
+from fastpeft.layers.base_weight import is_conv1d, is_linear_base
+from fastpeft.layers.lora import LoRALinear
+from fastpeft.layers.lora_embedding import LoRAEmbedding
+from fastpeft.layers.lora_settings import check_rank
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import ALL_LINEAR, check_pattern, find_targets, names_peft_agrees_on
 
@@ -24,7 +27,6 @@ class LoraConfig(PeftConfig):
 
     peft_type: ClassVar[str] = "LORA"
     unsupported: ClassVar[dict[str, tuple]] = {
-        "use_dora": (False, None),
         "use_qalora": (False, None),
         "use_bdlora": (None, False),
         "target_parameters": (None, []),
@@ -68,6 +70,8 @@ class LoraConfig(PeftConfig):
     """Which biases of the base model are trained too."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Learn the lengths of the rows of W + s B A beside their direction (DoRA); linear modules only."""
     modules_to_save: list[str] | None = None
     """Names of modules that are trained in full and saved with the adapter, such as a new head."""
     init_lora_weights: bool | Literal["gaussian"] = True
@@ -102,6 +106,8 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 "LoraConfig: expected init_lora_weights True or False with lora_bias, got 'gaussian'; PEFT loads no such adapter"
             )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("LoraConfig: expected use_dora or lora_bias, got both; DoRA has no bias of its own")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("LoraConfig: expected target_modules with at least one name, got an empty one")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -164,9 +170,14 @@ class LoraConfig(PeftConfig):
         if isinstance(module, nn.Embedding):
             if self.lora_bias:
                 raise ValueError(f"LoraConfig: lora_bias is for linear modules, got the embedding {path}; leave it out")
+            if self.use_dora:
+                raise NotImplementedError(
+                    f"LoraConfig: use_dora is for linear modules, got the embedding {path}; leave it out"
+                )
             return LoRAEmbedding(module, **options)
-        if isinstance(module, nn.Linear) or is_conv1d(module):
-            return LoRALinear(module, lora_dropout=self.lora_dropout, lora_bias=self.lora_bias, **options)
+        if is_linear_base(module):
+            options |= {"lora_dropout": self.lora_dropout, "lora_bias": self.lora_bias, "use_dora": self.use_dora}
+            return LoRALinear(module, **options)
         raise ValueError(
             f"target_modules: expected nn.Linear, nn.Embedding or transformers' Conv1D, got {type(module).__name__} at {path}; "
             "name the linear modules inside it"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
-from fastpeft.layers.lora import is_conv1d
+from fastpeft.layers.base_weight import is_linear_base
 from fastpeft.methods.config import HEAD_NAMES
 
 ALL_LINEAR = "all-linear"
@@ -89,10 +89,6 @@ def layer_index(path: str, layers_pattern: str | list[str] | None) -> int | None
     return None
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 def linear_paths(model: nn.Module, task_type: str | None) -> list[str]:
     """What "all-linear" means: every linear module except the output embedding and, for classification, the head."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -101,7 +97,7 @@ def linear_paths(model: nn.Module, task_type: str | None) -> list[str]:
     return [
         path
         for path, module in _unique(base_modules(model))
-        if is_linear(module)
+        if is_linear_base(module)
         and module is not output
         and not is_inside(path, heads)
         and not _in_attention_module(model, path)
@@ -207,7 +203,9 @@ def _in_attention_module(model: nn.Module, path: str) -> bool:
 
 def _adaptable(modules: list[tuple[str, nn.Module]]) -> list[str]:
     last = (
-        path.rpartition(".")[2] for path, module in modules if is_linear(module) or isinstance(module, nn.Embedding)
+        path.rpartition(".")[2]
+        for path, module in modules
+        if is_linear_base(module) or isinstance(module, nn.Embedding)
     )
     return list(dict.fromkeys(last))
 

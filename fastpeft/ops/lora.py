@@ -14,29 +14,49 @@ import torch
 import torch.nn.functional as F
 
 from fastpeft import backend
+from fastpeft.ops import lora_torch, lora_triton
+from fastpeft.ops.algorithms import composed_is_faster
 from fastpeft.ops.dropout import LEVELS, draw_seed, drop, keep_mask, threshold_of
-from fastpeft.ops.lora_torch import LoRALinearTorch
-from fastpeft.ops.lora_triton import LoRALinearTriton
+from fastpeft.ops.first_order import first_order_only
+from fastpeft.ops.tracing import traced, transformed, written_out
+from fastpeft.ops.weights import FrozenWeight
 from fastpeft.reference import lora as reference
 
-# Small calls cost their dispatch, not their products: plain calls, whose backward is C++, then beat a Function, whose
-# backward is Python (0.19 ms more a call). Where they cross, one thread, AMX CPU, forward + backward, PEFT's time over ours:
-#   a, b in x's dtype    576 x 576: Function 0.97 / 1.04 / 1.00 at M = 256 / 512 / 1024, composed 1.02 / 1.49 / 1.04
-#                        2048 x 2048: 0.88 / 0.95 / 1.09 at M = 64 / 256 / 1024, composed 1.05 / 1.00 / 1.13
-#   float32 a, b over bfloat16, 576 x 576: Function 0.57 / 0.72 / 1.03 / 1.89 at M = 16 / 64 / 256 / 1024, composed 0.92 / 1.09
-#                        at M = 16 / 64
-# Both keep the same bytes where the dtypes agree; in mixed dtypes and with dropout composed calls keep copies of x.
-COMPOSED_MULTIPLIES = 2**28  # M N K, dtypes alike, no dropout
-COMPOSED_ROWS_MIXED = 64
-COMPOSED_ROWS_DROPOUT = 16
+_PASSES = {"torch": lora_torch, "triton": lora_triton}
 
 
-_FUNCTIONS = {"torch": LoRALinearTorch, "triton": LoRALinearTriton}
+class LoRALinear(torch.autograd.Function):
+    """Keeps x, S and the seed; w as it came, so that neither a cast nor a dequantised copy outlives a product."""
+
+    @staticmethod
+    def forward(ctx, x, w, a, b, bias, scale, seed, threshold, impl):
+        rows = x.reshape(-1, x.shape[-1])
+        y, s = _PASSES[impl].forward(rows, w, a, b, bias, scale, seed, threshold)
+        _, _, need_a, need_b = ctx.needs_input_grad[:4]
+        is_tensor = isinstance(w, torch.Tensor)
+        ctx.save_for_backward(x if need_a else None, s if need_b else None, w if is_tensor else None, a, b)
+        ctx.quantized = None if is_tensor else w
+        ctx.impl, ctx.x_shape, ctx.settings = impl, x.shape, (scale, seed, threshold)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @first_order_only("lora_linear")
+    def backward(ctx, grad):
+        x, s, w, a, b = ctx.saved_tensors
+        need_x, _, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+        dy = grad.reshape(-1, grad.shape[-1])
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        w = ctx.quantized if w is None else w
+        dx, da, db = _PASSES[ctx.impl].backward(dy, rows, s, w, a, b, *ctx.settings, (need_x, need_a, need_b))
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        dbias = lora_torch.sum_rows(dy, ctx.bias_dtype) if need_bias else None
+        return dx, None, da, db, dbias, None, None, None, None
 
 
 def lora_linear(
     x: torch.Tensor,
-    w: torch.Tensor,
+    w: FrozenWeight,
     a: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -49,61 +69,85 @@ def lora_linear(
     """y = x w^T + scale * (drop(x) a^T) b^T + bias, with w frozen.
 
     Shapes:  x [..., K], w [N, K], a [R, K], b [N, R], bias [N] or None -> y [..., N]; any strides
-    Dtypes:  x and w alike (float32, float16, bfloat16, float64 where no kernel runs); y as x. a, b and bias in any floating
-             dtype: they are rounded to x's dtype for the products, their gradients come back in their own dtype.
+    Weights: w is a tensor, an NF4Weight (NF4 or FP4) or an Int8Weight; a quantised one counts as its dequantised values
+    Dtypes:  x and a dense w alike (float32, float16, bfloat16, float64 where no kernel runs); y as x. a, b and bias in any
+             floating dtype: they are rounded to x's dtype for the products, their gradients come back in their own dtype.
              Sums in float32. Under autocast x, w and bias are taken in the autocast dtype, as F.linear does
     Grads:   x, a, b, bias; never w. First order only
     Dropout: on the low-rank path's input; dropout_p in [0, 1) is rounded to a multiple of 1/65536. The mask is a function
              of `seed`, drawn from torch's default CPU generator when None, and is drawn again in backward
+    Tracing: torch.compile, fake and meta tensors see the operators of custom.py; torch.func's transforms see plain calls
     Units:   scale = alpha / R, or alpha / sqrt(R) for rsLoRA; no unit
     Raises:  ValueError where shapes, dtypes or devices disagree, or w requires a gradient; NotImplementedError where the
              named implementation cannot run
-    Source:  Hu et al. 2021, arXiv:2106.09685, section 4.1
+    Source:  Hu et al. 2021, arXiv:2106.09685, section 4.1; Dettmers et al. 2023, arXiv:2305.14314
     """
     chosen = backend.resolve(impl, x.device, x.dtype)
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     _check(x, w, a, b, bias, dropout_p, autocast)
     threshold = threshold_of(dropout_p)
-    if threshold and seed is None:
-        seed = draw_seed()
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            return _run(chosen, x, w, a, b, bias, scale, seed or 0, threshold)
-    return _run(chosen, x, w, a, b, bias, scale, seed or 0, threshold)
+            return _run(chosen, x, w, a, b, bias, scale, seed, threshold)
+    return _run(chosen, x, w, a, b, bias, scale, seed, threshold)
 
 
 def _run(impl, x, w, a, b, bias, scale, seed, threshold):
-    m = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if impl != "reference" and traced(x):
+        return _traced(impl, x, w, a, b, bias, scale, seed, threshold)
+    if seed is None:
+        seed = draw_seed() if threshold else 0
     if impl == "reference":
-        keep = keep_mask(seed=seed, like=x, threshold=threshold) if threshold else None
-        wide = functools.reduce(torch.promote_types, [t.dtype for t in (x, w, a, b, bias) if t is not None])
-        inputs = [None if t is None else t.to(wide) for t in (x, w, a, b, bias)]
-        y = reference.lora_linear(*inputs, scale=scale, dropout_p=threshold / LEVELS, keep=keep)
-        return y.to(x.dtype)
-    if m == 0 or (impl == "torch" and _is_small(m, x, w, a, threshold)):
+        return _reference(x, w, a, b, bias, scale, seed, threshold)
+    m = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if m == 0 or transformed() or (impl == "torch" and _is_small(m, x, w, a, threshold)):
         return _composed(x, w, a, b, bias, scale, seed, threshold)
-    return _FUNCTIONS[impl].apply(x, w, a, b, bias, scale, seed, threshold)
+    return LoRALinear.apply(x, w, a, b, bias, scale, seed, threshold, impl)
 
 
-def _is_small(m: int, x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, threshold: int) -> bool:
+def step_by(algorithm: str, x, w, a, b, bias, scale, seed, threshold):
+    """y by the named way of the `torch` implementation, "function" or "composed": for measurements of both."""
+    if algorithm == "composed":
+        return _composed(x, w, a, b, bias, scale, seed, threshold)
+    return LoRALinear.apply(x, w, a, b, bias, scale, seed, threshold, "torch")
+
+
+def _traced(impl, x, w, a, b, bias, scale, seed, threshold):
+    from fastpeft.ops import custom
+
     if threshold:
-        return m <= COMPOSED_ROWS_DROPOUT
-    if a.dtype != x.dtype:
-        return m <= COMPOSED_ROWS_MIXED
-    return m * w.numel() <= COMPOSED_MULTIPLIES
+        seed = custom.draw_seed() if seed is None else torch.tensor(seed)
+    tensors, described = custom.flatten(w)
+    y, _ = custom.lora_linear(x, tensors, a, b, bias, seed if threshold else None, scale, threshold, described, impl)
+    return y
+
+
+def _reference(x, w, a, b, bias, scale, seed, threshold):
+    keep = keep_mask(seed=seed, like=x, threshold=threshold) if threshold else None
+    w = w if isinstance(w, torch.Tensor) else w.dequantize(x.dtype, impl="reference")
+    wide = functools.reduce(torch.promote_types, [t.dtype for t in (x, w, a, b, bias) if t is not None])
+    inputs = [None if t is None else t.to(wide) for t in (x, w, a, b, bias)]
+    return reference.lora_linear(*inputs, scale=scale, dropout_p=threshold / LEVELS, keep=keep).to(x.dtype)
+
+
+def _is_small(m: int, x: torch.Tensor, w: FrozenWeight, a: torch.Tensor, threshold: int) -> bool:
+    if not isinstance(w, torch.Tensor):
+        return False  # plain calls would keep the dequantised w
+    return composed_is_faster(m, *w.shape, a.shape[0], x.dtype, a.dtype, threshold > 0)
 
 
 def _composed(x, w, a, b, bias, scale, seed, threshold):
     """The same value by calls that autograd knows. The low-rank path runs in the wider of x's and a's dtypes."""
-    y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    w = w.to(x.dtype) if isinstance(w, torch.Tensor) else written_out(w, x.dtype)
+    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
     wide = torch.promote_types(x.dtype, a.dtype)
     s = F.linear(drop(x, seed, threshold).to(wide), a.to(wide)) * (scale / (1.0 - threshold / LEVELS))
     return y.add_(F.linear(s, b.to(wide)))
 
 
 def _check(x, w, a, b, bias, dropout_p, autocast):
-    n, k = w.shape if w.dim() == 2 else (None, None)
+    n, k = w.shape if len(w.shape) == 2 else (None, None)
     r = a.shape[0] if a.dim() == 2 else None
     shapes = (
         n is not None
@@ -122,22 +166,20 @@ def _check(x, w, a, b, bias, dropout_p, autocast):
         raise ValueError(
             f"lora_linear: expected x [..., K], w [N, K], a [R, K], b [N, R], bias [N], got {listed}{hint}"
         )
+    quantized = not isinstance(w, torch.Tensor)
     tensors = [t for t in (w, a, b, bias) if t is not None]
     if any(t.device != x.device for t in tensors):
         devices = ", ".join(str(t.device) for t in (x, *tensors))
         raise ValueError(f"lora_linear: expected x, w, a, b and bias on one device, got {devices}")
-    if not x.is_floating_point() or (x.dtype != w.dtype and not autocast) or not all(map(_floating, tensors)):
+    same = x.dtype == w.dtype or autocast or quantized
+    if not x.is_floating_point() or not same or not all(t.dtype.is_floating_point for t in tensors):
         raise ValueError(
             f"lora_linear: expected x and w of one floating dtype and floating a, b, bias, got x {x.dtype}, w {w.dtype}, "
             f"a {a.dtype}, b {b.dtype}; cast x to {w.dtype}, or run under torch.autocast"
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if w.requires_grad and torch.is_grad_enabled():
+    if not quantized and w.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "lora_linear: expected a frozen w, got w.requires_grad=True; its gradient is never computed here"
         )
-
-
-def _floating(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point()

@@ -1,51 +1,40 @@
 """The LoRA linear by the fused kernels: what a GPU runs.
 
-Equations and what is kept: lora.py.
+Equations and what is kept: lora.py. The large products y and dx are taken by the algorithm that algorithms.py chooses
+(lora_gemm.py); S, dS + dB and dA are one pass each over one large tensor, with sums in float32 and no atomics.
 """
-
-import torch
-from torch.autograd.function import once_differentiable
 
 from fastpeft import backend
 from fastpeft.ops.dropout import LEVELS
-from fastpeft.ops.lora_torch import save_for_backward, sum_rows
+from fastpeft.ops.lora_gemm import choose_dx, choose_y, product_dx, product_y
 
 
-class LoRALinearTriton(torch.autograd.Function):
-    """The fused kernels: four passes, each over one large tensor, with sums in float32 and no atomics."""
+def forward(x, w, a, b, bias, scale, seed, threshold):
+    """(y [M, N], s [M, padded R]) of rows x [M, K]."""
+    from fastpeft.kernels.lora import lora_down
 
-    @staticmethod
-    def forward(ctx, x, w, a, b, bias, scale, seed, threshold):
-        from fastpeft.kernels import lora as kernels
+    precision = backend.matmul_precision(x.device)
+    s = lora_down(x, a, scale=scale, seed=seed, threshold=threshold, precision=precision)
+    algorithm = choose_y(x, w, a.shape[0], dropout=threshold > 0)
+    return product_y(x, w, s, a, b, bias, scale=scale, precision=precision, algorithm=algorithm), s
 
-        rows = x.reshape(-1, x.shape[-1])
-        precision = backend.matmul_precision(x.device)
-        s = kernels.lora_down(rows, a, scale=scale, seed=seed, threshold=threshold, precision=precision)
-        y = kernels.lora_epilogue(rows, w.to(x.dtype), s, b, bias, precision=precision)
-        save_for_backward(ctx, x, s, w, a, b)
-        ctx.scale, ctx.seed, ctx.threshold, ctx.precision = scale, seed, threshold, precision
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        from fastpeft.kernels import lora as kernels
+def backward(dy, x, s, w, a, b, scale, seed, threshold, needs):
+    """(dx, da, db), each None where `needs` = (x, a, b) does not ask; x may be None without da, s without db."""
+    from fastpeft.kernels import lora as kernels
 
-        x, s, w, a, b = ctx.saved_tensors
-        need_x, _, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        dy = grad.reshape(-1, grad.shape[-1])
-        dx = da = db = dbias = None
-        dropout = {"seed": ctx.seed, "threshold": ctx.threshold, "precision": ctx.precision}
-        if need_b:
-            ds, db = kernels.lora_grad_s_b(dy, b, s, scale=ctx.scale, threshold=ctx.threshold, precision=ctx.precision)
-        elif need_x or need_a:  # ds alone: the kernel of S, with dy for x and b^T for a
-            c = ctx.scale / (1.0 - ctx.threshold / LEVELS)
-            ds = kernels.lora_down(dy, b.t(), scale=c, seed=0, threshold=0, precision=ctx.precision)
-        if need_x:
-            dx = kernels.lora_grad_x(dy, w.to(dy.dtype), ds, a, **dropout).view(ctx.x_shape)
-        if need_a:
-            da = kernels.lora_grad_a(x.reshape(-1, x.shape[-1]), ds, a, **dropout)
-        if need_bias:
-            dbias = sum_rows(dy, ctx.bias_dtype)
-        return dx, None, da, db, dbias, None, None, None
+    precision = backend.matmul_precision(dy.device)
+    need_x, need_a, need_b = needs
+    dx = da = db = ds = None
+    if need_b:
+        ds, db = kernels.lora_grad_s_b(dy, b, s, scale=scale, threshold=threshold, precision=precision)
+    elif need_x or need_a:  # ds alone: the kernel of S, with dy for x and b^T for a
+        c = scale / (1.0 - threshold / LEVELS)
+        ds = kernels.lora_down(dy, b.t(), scale=c, seed=0, threshold=0, precision=precision)
+    dropout = {"seed": seed, "threshold": threshold, "precision": precision}
+    if need_x:
+        algorithm = choose_dx(dy, w, a.shape[0], dropout=threshold > 0)
+        dx = product_dx(dy, w, ds, a, b, scale=scale, algorithm=algorithm, **dropout)
+    if need_a:
+        da = kernels.lora_grad_a(x, ds, a, **dropout)
+    return dx, da, db

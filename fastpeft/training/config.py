@@ -3,13 +3,15 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastpeft.methods.lora import LoraConfig
 from fastpeft.training.record import TASKS
 from fastpeft.training.text_format import TextFormat
 
 DEFAULT_MAX_LENGTH = 512
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 METRICS = {
     "classification": ("accuracy", "loss", "f1", "precision", "recall", "roc_auc"),
@@ -77,6 +79,28 @@ class DataConfig:
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """How a base model is held.
+
+    quantization and double_quant: as in TrainConfig; dtype: of what is not quantised, and of a 4-bit weight's products;
+    bf16: products in bfloat16
+    """
+
+    quantization: Quantization = "none"
+    double_quant: bool = True
+    dtype: Dtype = "auto"
+    bf16: bool = False
+
+    @classmethod
+    def as_trained(cls, training: dict[str, Any], dtype: Dtype = "auto") -> "BaseOptions":
+        """Those of a run, by its options as they are saved beside the adapter; `dtype` instead of its own if it is not auto."""
+        if training.get("quantization", "none") == "none":
+            return cls(dtype=dtype)
+        known = {name: training[name] for name in ("quantization", "double_quant", "dtype", "bf16") if name in training}
+        return cls(**known) if dtype == "auto" else cls(**known | {"dtype": dtype, "bf16": False})
+
+
 @dataclass(kw_only=True)
 class TrainConfig(DataConfig):
     """Fine-tune a pretrained model with an adapter, and evaluate it before and after."""
@@ -118,8 +142,12 @@ class TrainConfig(DataConfig):
     """Put rows of similar length into a batch, so that little is padded."""
     bf16: bool = False
     """Compute in bfloat16 (autocast); the adapter stays float32."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the base model's weights; auto: as saved."""
+    dtype: Dtype = "auto"
+    """Data type of the base model's weights, and of the products with quantised ones; auto: as saved."""
+    quantization: Quantization = "none"
+    """Hold the base model's linear weights in 4 bits (nf4, fp4) or 8 (int8), quantised while they are read."""
+    double_quant: bool = True
+    """Hold the scales of 4-bit weights in 8 bits: 4.13 bits a weight instead of 4.5."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again."""
     use_cpu: bool = False
@@ -158,6 +186,8 @@ class TrainConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.task is None or self.task in TASKS, "task", f"one of {TASKS}", self.task)
+        choices = get_args(Quantization)
+        _check(self.quantization in choices, "quantization", f"one of {choices}", self.quantization)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("eval_steps", "save_total_limit", "logging_steps", "max_new_tokens"):
@@ -180,6 +210,12 @@ class TrainConfig(DataConfig):
     def peft_config(self, task: str) -> LoraConfig:
         """The adapter's config with the task type filled in: it decides which head is trained and saved."""
         return dataclasses.replace(self.peft, task_type=self.peft.task_type or TASK_TYPES[task])
+
+    def base_options(self) -> BaseOptions:
+        """How the base model is held."""
+        return BaseOptions(
+            quantization=self.quantization, double_quant=self.double_quant, dtype=self.dtype, bf16=self.bf16
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Every option as plain values; the adapter's under "peft"."""

@@ -16,12 +16,12 @@ from fastpeft.checkpoint import TENSORS_NAME
 from fastpeft.integrations.transformers import (
     align_padding,
     load_config,
-    load_model,
     load_tokenizer,
     longest_input,
     model_source,
 )
 from fastpeft.model import PeftModel, get_peft_model
+from fastpeft.training.base_model import describe_base, load_base, quantize_in_place
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.evaluate import Evaluator
 from fastpeft.training.examples import classification_examples, prompt_text, prompts_and_responses
@@ -42,12 +42,6 @@ from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
 from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, warmup_steps
 
 _FREE_TO_CHANGE = {"resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir"}
-
-_HYPERPARAMETERS = (
-    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
-    "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "bf16", "dtype",
-    "gradient_checkpointing", "load_best_model_at_end", "seed",
-)  # fmt: skip
 
 
 def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> RunRecord:
@@ -73,11 +67,17 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
     splits = raw.tokenise(tokenizer, text_format)
 
     transformers.set_seed(config.seed)
-    base = load_model(source, labels=raw.labels, dtype=config.dtype) if model is None else model
+    device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+    options = config.base_options()
+    if model is None:
+        base = load_base(source, options, labels=raw.labels, device=device)
+    else:
+        base = quantize_in_place(model, options)
     align_padding(base, tokenizer)
-    wrapped = get_peft_model(base, config.peft_config(raw.task))
+    described = describe_base(base)
+    wrapped = get_peft_model(base, config.peft_config(raw.task)).to(device)
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
-    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder)
+    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
     with fast_float32_matmul(run.device):
         return run.execute(checkpoint, clock)
 
@@ -96,12 +96,11 @@ class _Run:
 
     def __init__(
         self, config: TrainConfig, raw: RawData, splits: dict[str, PreparedSplit], model: PeftModel, tokenizer: Any,
-        info: TrainingInfo, folder: Path,
+        info: TrainingInfo, folder: Path, base: dict[str, Any],
     ):  # fmt: skip
         self.config, self.raw, self.splits, self.tokenizer, self.info = config, raw, splits, tokenizer, info
-        self.folder = folder
-        self.device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
-        self.model = model.to(self.device)
+        self.folder, self.model, self.base = folder, model, base
+        self.device = next(model.parameters()).device
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.held_out = held_out_split(splits)
@@ -213,6 +212,7 @@ class _Run:
             | {"held_out": self.held_out, "max_length": self.info.text_format.max_length},
             trainable_parameters=trainable,
             total_parameters=total,
+            base=self.base,
             adapter=str(self.folder),
             adapter_bytes=(self.folder / TENSORS_NAME).stat().st_size,
             history=history,
@@ -224,15 +224,6 @@ class _Run:
         record.peak_memory_mb = peak_memory_mb(self.device)
         record.seconds, record.cpu_seconds = clock.seconds(), clock.cpu_seconds()
         return record
-
-    def _hyperparameters(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        """What made the result, beside the data and the adapter's config."""
-        chosen = {name: getattr(self.config, name) for name in _HYPERPARAMETERS}
-        if self.config.max_steps < 1:
-            del chosen["max_steps"]
-        steps = max((entry["step"] for entry in history), default=0)
-        found = {"steps": steps, "max_length": self.info.text_format.max_length, "held_out": self.held_out}
-        return chosen | found
 
     def _add_scores(self, record: RunRecord, before: _Scores | None, after: _Scores) -> None:
         record.metrics, record.baseline = after.metrics, before.metrics if before else {}

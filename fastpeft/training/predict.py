@@ -14,10 +14,11 @@ import torch
 from datasets import Dataset
 
 from fastpeft.checkpoint import read_config, read_tensors
-from fastpeft.integrations.transformers import align_padding, load_model, load_tokenizer, longest_input
+from fastpeft.integrations.transformers import align_padding, load_tokenizer, longest_input
 from fastpeft.methods.config import HEAD_NAMES
 from fastpeft.model import PeftModel
-from fastpeft.training.config import DEFAULT_MAX_LENGTH, TASK_TYPES
+from fastpeft.training.base_model import load_base
+from fastpeft.training.config import DEFAULT_MAX_LENGTH, TASK_TYPES, BaseOptions
 from fastpeft.training.data import choose_columns, require_columns
 from fastpeft.training.evaluate import Evaluator
 from fastpeft.training.metrics import causal_lm_metrics, class_probabilities, classification_metrics
@@ -45,19 +46,28 @@ class TrainedAdapter:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, base_model: str | None = None, dtype: str = "auto", use_cpu: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        dtype: str = "auto",
+        use_cpu: bool = False,
+        full_weights: bool = False,
     ) -> "TrainedAdapter":
         """The adapter of `folder` on `base_model`, by default the one it was trained on. Adapters saved by PEFT work too.
 
+        full_weights: read the base model in full, also where it was quantised in training
         Raises:  FileNotFoundError, ValueError, NotImplementedError with a one-line reason
         """
         info = adapter_info(folder, base_model)
         labels = info.labels if info.task == CLASSIFICATION else ()
         tokenizer = load_tokenizer(info.model)
-        base = load_model(info.model, labels=labels, dtype=dtype)
+        device = "cpu" if use_cpu or not torch.cuda.is_available() else "cuda"
+        options = BaseOptions(dtype=dtype) if full_weights else BaseOptions.as_trained(info.config, dtype)
+        base = load_base(info.model, options, labels=labels, device=device)
         align_padding(base, tokenizer)
         model = PeftModel.from_pretrained(base, folder)
-        model.to("cpu" if use_cpu or not torch.cuda.is_available() else "cuda")
+        model.to(device)
         return cls(Path(folder), model, tokenizer, info)
 
     def evaluate(

@@ -21,6 +21,7 @@ class RunRecord:
 
     data         split name -> {"rows", "truncated_rows", "truncated_tokens", "empty_rows", ...}
     peft_config  the adapter's config as PEFT writes it; training the hyperparameters
+    base         how the base model is held: {"quantization", "bytes", "blocksize", "double_quant"}; bytes in memory
     baseline     metrics on the held-out set before training, {} if not asked for; metrics: the same after it
     history      what the Trainer logged, one dict a line: step, epoch, loss, learning_rate, grad_norm or eval_*
     confusion    rows: true label, columns: predicted label, in the order of `labels`
@@ -36,6 +37,7 @@ class RunRecord:
     training: dict[str, Any] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
+    base: dict[str, Any] = field(default_factory=dict)
     adapter: str = ""
     adapter_bytes: int = 0
     baseline: dict[str, float] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class RunRecord:
         result |= {
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": self.total_parameters,
+            **{f"base_{name}": self.base[name] for name in ("quantization", "bytes") if name in self.base},
             "seconds": round(self.seconds, 3),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "adapter": self.adapter,

@@ -112,6 +112,8 @@ def _headline(record: RunRecord) -> str:
         ),
         ("Adapter on disk", bytes_text(record.adapter_bytes), "safetensors, PEFT's format"),
     ]
+    if record.base.get("bytes"):
+        facts.insert(1, ("Base model in memory", bytes_text(record.base["bytes"]), _storage(record.base)))
     shown = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
         for name, value, more in facts
@@ -121,6 +123,15 @@ def _headline(record: RunRecord) -> str:
         + f'<dl class="facts">{shown}</dl>\n'
         + (f'<p class="note">Before: {escape(str(note))}</p>' if note else "")
     )
+
+
+def _storage(base: Mapping[str, Any]) -> str:
+    """How the base's linear weights are held: NF4 in blocks of 64, scales in 8 bits."""
+    kind = str(base.get("quantization", "none"))
+    if kind == "none":
+        return "full weights, frozen"
+    blocks = f" in blocks of {base['blocksize']}" if "blocksize" in base else ""
+    return f"linear weights in {kind.upper()}{blocks}" + (", scales in 8 bits" if base.get("double_quant") else "")
 
 
 def _metric_card(name: str, record: RunRecord) -> str:
@@ -343,10 +354,13 @@ def _loading(record: RunRecord) -> str:
     kind, extra = "AutoModelForCausalLM", ""
     if record.task == CLASSIFICATION:
         kind, extra = "AutoModelForSequenceClassification", f", num_labels={len(record.labels) or 2}"
+    imports, quantized = kind, _quantization_argument(record.base)
+    if quantized:
+        imports, extra = f"BitsAndBytesConfig, {kind}", f"{extra},\n    quantization_config={quantized}"
     cards = "".join(
         f"<div class='card'><h3>{title}</h3><pre>"
         + escape(
-            f"from transformers import {kind}\nfrom {module} import PeftModel\n\n"
+            f"from transformers import {imports}\nfrom {module} import PeftModel\n\n"
             f"base = {kind}.from_pretrained(\n    {_quoted(record.model)}{extra})\n"
             f"model = PeftModel.from_pretrained(\n    base, {_quoted(record.adapter)})\n"
         )
@@ -355,6 +369,19 @@ def _loading(record: RunRecord) -> str:
     )
     note = '<p class="note">The same files, the same outputs: only the import differs.</p>'
     return f'<div class="grid">{cards}</div>\n{note}'
+
+
+def _quantization_argument(base: Mapping[str, Any]) -> str:
+    """transformers' quantization_config for such a base, as Python; empty for full weights."""
+    kind = base.get("quantization", "none")
+    if kind == "none":
+        return ""
+    if kind == "int8":
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    return (
+        f"BitsAndBytesConfig(\n        load_in_4bit=True, bnb_4bit_quant_type={_quoted(str(kind))},\n"
+        f"        bnb_4bit_use_double_quant={bool(base.get('double_quant'))})"
+    )
 
 
 def _quoted(text: str) -> str:

@@ -7,6 +7,7 @@ What differs from transformers.Trainer, and why:
   a run that is resumed continues bit for bit.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ class Trainer(transformers.Trainer):
     def __init__(self, model: torch.nn.Module, args: Any = None, *, info: TrainingInfo | None = None, **kwargs: Any):
         self.info = info
         is_wrapped = isinstance(model, PeftModel)
-        super().__init__(model.get_base_model() if is_wrapped else model, args, **kwargs)
+        with _known_to_have_adapters(model.get_base_model() if is_wrapped else model, is_wrapped) as base:
+            super().__init__(base, args, **kwargs)
         if is_wrapped:
             self.model = self.model_wrapped = self.callback_handler.model = model
 
@@ -92,6 +94,22 @@ class Trainer(transformers.Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+@contextlib.contextmanager
+def _known_to_have_adapters(model: torch.nn.Module, has_adapters: bool) -> Iterator[torch.nn.Module]:
+    """Inside, transformers' Trainer takes a quantised model for one with adapters, as it is when adapters are in it."""
+    flag = "_hf_peft_config_loaded"
+    before = model.__dict__.get(flag)
+    if has_adapters:
+        model.__dict__[flag] = True
+    try:
+        yield model
+    finally:
+        if has_adapters:
+            model.__dict__.pop(flag)
+            if before is not None:
+                model.__dict__[flag] = before
 
 
 class GroupedByLength(Sampler[int]):

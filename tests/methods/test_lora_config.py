@@ -56,7 +56,6 @@ def test_an_unknown_initialisation_is_a_known_gap():
 
 
 UNSUPPORTED = {
-    "use_dora": True,
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "target_parameters": ["mlp.experts.gate_up_proj"],

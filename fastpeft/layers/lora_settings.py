@@ -1,0 +1,56 @@
+"""What LoRA on a linear and LoRA on an embedding have in common: ranks, scales, and the dtype of new tensors."""
+
+import math
+import numbers
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastpeft.layers.adapter import AdapterLayer
+
+InitLoraWeights = bool | Literal["gaussian"]
+
+
+def lora_scale(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def check_rank(where: str, r: int, lora_alpha: float, lora_dropout: float) -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"{where}: expected rank r >= 1, got r={r!r}; a common choice is 16")
+    if not _is_number(lora_dropout) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"{where}: expected 0 <= lora_dropout < 1, got {lora_dropout!r}")
+    if not _is_number(lora_alpha) or not math.isfinite(lora_alpha):
+        raise ValueError(f"{where}: expected a finite number lora_alpha, got {lora_alpha!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+class LoRALayer(AdapterLayer):
+    """The settings that linear and embedding share, keyed by adapter name."""
+
+    settings_attributes = ("r", "lora_alpha", "scaling")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+
+    def _set(self, name: str, r: int, lora_alpha: float, use_rslora: bool, lora_dropout: float) -> None:
+        check_rank(type(self).__name__, r, lora_alpha, lora_dropout)
+        if "." in name or not name:
+            raise ValueError(f"{type(self).__name__}: expected an adapter name without dots, got {name!r}")
+        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self.scaling[name] = lora_scale(r, lora_alpha, use_rslora)
+
+    def _factory(self, autocast_adapter_dtype: bool) -> dict:
+        """Where and in which dtype an adapter's tensors are made: with the base, in float32 where the base is half precision."""
+        weight = self.base_layer.weight
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if (half and autocast_adapter_dtype) or not weight.is_floating_point() else weight.dtype
+        return {"device": weight.device, "dtype": dtype}
