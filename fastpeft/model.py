@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastpeft.checkpoint import KEY_PREFIX, compare, read_adapter, write_adapter
+from fastpeft.layers.adapter import recomputes_layers
 from fastpeft.layers.base_weight import is_linear_4bit, keep_model_unpacked, weight_shape
 from fastpeft.methods import config_from_dict
 from fastpeft.methods.config import PeftConfig
@@ -100,7 +101,7 @@ class PeftModel(nn.Module):
         self._install(injection)
 
     def _install(self, injection: Injection) -> None:
-        if not self.peft_config and getattr(self.get_base_model(), "is_gradient_checkpointing", False):
+        if not self.peft_config and recomputes_layers(self.get_base_model()):
             require_input_gradients(self.get_base_model())
         self.base_model.install(injection)
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from fastpeft.kernels.launch import dot_precision, launch, rows_contiguous, target_of
 from fastpeft.kernels.lora_rows_plan import BASE, RowPlan, plan_rows
 from fastpeft.kernels.partial_sums import sum_parts
-from fastpeft.kernels.tiling import Target, TileConfig, parts_along
+from fastpeft.kernels.tiling import Target, TileConfig, family_of, parts_along
 
 __all__ = ["BASE", "RowPlan", "plan_rows", "rows_down", "rows_grad_a", "rows_grad_b", "rows_grad_s", "rows_up_add_"]
 
@@ -361,6 +361,9 @@ def _grad_tile(target: Target, padded_r: int, dtype: torch.dtype) -> TileConfig:
     if target.arch in ("interpreter", "generic"):
         return TileConfig(32, 1, 32, min(padded_r, 32), 4, 2)
     stages = 2 if target.arch.startswith("gfx") else 4
+    if family_of(target.arch) == "gfx1100" and dtype != torch.float32:
+        # 64 sums per lane: 192 to 242 registers. 128 sums spill 420 at R = 128 and 370 at R = 64
+        return TileConfig(32, 1, 256 if padded_r <= 16 else 128, min(padded_r, 64), 4, stages)
     if dtype == torch.float32:
         return TileConfig(32, 1, 64, min(padded_r, 32), 4, min(stages, 3))
     return TileConfig(32, 1, 256 if padded_r <= 64 else 128, min(padded_r, 128), 4, stages)

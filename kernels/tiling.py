@@ -226,10 +226,14 @@ _FAMILIES = {
 }
 
 
+def family_of(arch: str) -> str:
+    """The architecture whose rows `arch` takes: its own name, if it has rows or if no family is known."""
+    return _FAMILIES.get(arch, arch)
+
+
 def table_rows(op: str, arch: str, padded: int, dtype: torch.dtype) -> _Rows:
     """The rows that `choose` picks from. An operation without "_dropout" or "_gain" rows of its own uses the plain ones."""
-    family = _FAMILIES.get(arch, arch)
-    table = _TABLE.get(family, _GENERIC)
+    table = _TABLE.get(family_of(arch), _GENERIC)
     if dtype == torch.float32 and table not in (_GENERIC, _INTERPRETER):
         table = _FLOAT32_GFX1100 if table is _GFX1100 else _FLOAT32
     by_rank = table.get(op) or table[op.removesuffix("_dropout").removesuffix("_gain")]

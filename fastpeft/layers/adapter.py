@@ -12,6 +12,12 @@ from torch import nn
 from fastpeft.layers.base_weight import BaseParameters, keep_unpacked
 
 
+def recomputes_layers(model: nn.Module) -> bool:
+    """True for a transformers model with gradient checkpointing on, by the attribute's new name or its old one."""
+    new_name = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if new_name is None else new_name)
+
+
 class AdapterLayer(nn.Module):
     """A base module with named adapters on it. Subclasses hold the adapters' tensors and say how they act.
 

@@ -98,7 +98,9 @@ class _Reading(NamedTuple):
     address: int
 
     def is_of(self, weight: nn.Parameter, state: Any) -> bool:
-        return self.state is state and self.statistics is _statistics(state) and self.address == weight.data_ptr()
+        if self.state is not state or self.statistics is not _statistics(state):
+            return False
+        return torch.compiler.is_compiling() or self.address == weight.data_ptr()  # torch.compile knows no addresses
 
 
 _read: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()

@@ -157,6 +157,8 @@ class LoRALinear(LoRALayer):
     def row_squares(self) -> torch.Tensor:
         """rowsum(W^2) [N]; computed anew when the base holds another weight than the last time, or changed it."""
         held = self.base_layer.weight
+        if torch.compiler.is_compiling() and self._row_squares is not None:  # which knows no addresses
+            return self._row_squares[1]
         mark = id(held), held.data_ptr(), held._version, held.dtype, held.device
         if self._row_squares is None or self._row_squares[0] != mark:
             self._row_squares = mark, row_squares(self._weight())

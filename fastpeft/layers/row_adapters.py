@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from fastpeft.layers.adapter import AdapterLayer
+from fastpeft.layers.adapter import AdapterLayer, recomputes_layers
 from fastpeft.layers.base_weight import compute_dtype, frozen_weight
 from fastpeft.ops.lora_rows import BASE as NO_ADAPTER
 from fastpeft.ops.lora_rows import RowAdapter, lora_linear_rows
@@ -96,7 +96,7 @@ def named_items(
         raise NotImplementedError(
             f"adapter_names: expected adapters without trained biases, got {sorted(set(names) & set(biased))}"
         )
-    if torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False):
+    if torch.is_grad_enabled() and model.training and recomputes_layers(model):
         raise NotImplementedError(
             "adapter_names: expected no gradient checkpointing, which runs the layers again in backward, after the names "
             "are gone; call model.gradient_checkpointing_disable()"
