@@ -50,8 +50,8 @@ def down_tile(
         if columns <= 128:
             return TileConfig(64, 1, 32, 1, 4, 2)
         return TileConfig(32, 1, 64 // adapter_bytes, 1, 8, 2)
-    if not _is_known(target):
-        return TileConfig(32, 1, 64, 1, 4, 2)
+    if not _is_known(target):  # float32 on gfx1100 at a depth of 64 spills 236 registers, at 32 none
+        return TileConfig(32, 1, 32 if family == "gfx1100" and dtype == torch.float32 else 64, 1, 4, 2)
     block_m = 16 if m <= SKINNY_ROWS else 32 if dtype == torch.float32 or columns > MAX_COLUMNS else 64
     warps = 2 if block_m == 16 and columns <= 64 else 4 if columns <= 128 else 8
     depths = ((128, 4), (64, 4), (64, 3), (32, 4), (32, 3))[dropout and not _is_amd(target) :]
@@ -66,7 +66,7 @@ def down_tile(
         buffers = 1 if _is_amd(target) else stages - 1 if family == "sm_86" else stages
         if buffers * block_k * (block_m * dtype.itemsize + columns * adapter_bytes) <= _shared(target) // 2:
             break
-    return TileConfig(block_m, 1, block_k, 1, warps, 2 if amd else stages)
+    return TileConfig(block_m, 1, block_k, 1, warps, 2 if _is_amd(target) else stages)
 
 
 def grad_a_tile(target: Target, columns: int, dtype: torch.dtype, dropout: bool) -> TileConfig:
@@ -99,17 +99,22 @@ def grad_x_tile(target: Target, m: int, k: int, r: int, dtype: torch.dtype, drop
     """
     family = family_of(target.arch)
     config = choose("gemm_dropout" if drops else "gemm", target, M=m, N=k, R=r, dtype=dtype)
-    if family == "gfx1100" and drops and config.block_m * config.block_n == MOST_SUMS * 32 * config.num_warps:
+    sums = config.block_m * config.block_n // (32 * config.num_warps)
+    if drops and sums >= MOST_SUMS and family == "gfx1100":
         # With dropout 128x128 spills 5 registers at R = 16 and 15 at R = 128; this takes 185 and 157.
         return dataclasses.replace(config, block_m=config.block_m // 2)
-    low_on_registers = family in ("sm_80", "sm_86", "gfx942")
-    crowded = drops > 1 or add or (r > 64 and low_on_registers)
-    if crowded and config.block_m * config.block_n > MOST_SUMS * 32 * config.num_warps and _is_known(target):
+    if drops and sums >= MOST_SUMS and family in ("sm_80", "sm_86") and r > 64:
+        # 128x128 with 8 warps spills 2 registers on sm_80 with one mask or three; this none, and two programs fit.
+        return TileConfig(64, 128, 32, min(config.block_r, 32), 4, 4)
+    # sm_86's rows have 4 warps for 128x128: with three members those spill 24 at R = 32 and 66 at R = 64.
+    large_rank = r > {"sm_80": 64, "sm_86": 16, "gfx942": 64}.get(family, r)
+    crowded = drops > 1 or add or large_rank
+    if crowded and sums > MOST_SUMS and _is_known(target):
         block_r = min(config.block_r, 32)
-        if r > 64 and family in ("sm_80", "sm_86"):
-            return TileConfig(64 if drops else 128, 128, 32, block_r, 8, 4)
+        if large_rank and family in ("sm_80", "sm_86"):
+            return TileConfig(128, 128, 32, block_r, 8, 4)
         return TileConfig(128, 128, 64, block_r, 8, min(3, config.num_stages))
-    if config.block_m * config.block_n > 2 * MOST_SUMS * 32 * config.num_warps:  # 256x256 spills with three members
+    if sums > 2 * MOST_SUMS:  # 256x256 spills with three members
         return dataclasses.replace(config, block_m=config.block_m // 2)
     return config
 
