@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lora_linear import table
+from benchmarks import lora_linear, training_step
 from fastpeft.cli import COMMANDS, _parse
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +39,11 @@ def test_every_command_but_the_demo_is_shown():
     assert {line.split()[0] for line in LINES} == set(COMMANDS) - {"demo"}
 
 
-def test_the_measured_table_is_that_of_the_results_file():
-    """The table is generated: python -m benchmarks.lora_linear --json FILE prints the one and writes the other."""
-    name = re.search(r"`benchmarks/results/([\w.-]+\.json)`", README)[1]
-    record = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-    assert table(record["rows"]) in README
+@pytest.mark.parametrize("benchmark", [lora_linear, training_step], ids=["lora_linear", "training_step"])
+def test_the_measured_tables_are_those_of_the_results_files(benchmark):
+    """A table is generated: python -m benchmarks.NAME --json FILE prints the one and writes the other."""
+    path = f"benchmarks/results/{benchmark.__name__.rpartition('.')[2]}_cpu.json"
+    record = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    assert f"`{path}`" in README
+    assert benchmark.table(record["rows"]) in README
     assert record["machine"]["cpu"] in README

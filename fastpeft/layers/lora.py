@@ -29,6 +29,7 @@ from fastpeft.ops.dora import EPS, dora_linear
 from fastpeft.ops.dora_torch import row_norm, row_squares
 from fastpeft.ops.frozen_linear import frozen_linear
 from fastpeft.ops.lora_group import Projection, lora_linear_group
+from fastpeft.ops.tracing import traced
 from fastpeft.ops.weights import FrozenWeight, dense
 
 __all__ = ["LoRAEmbedding", "LoRALinear"]
@@ -157,8 +158,8 @@ class LoRALinear(LoRALayer):
     def row_squares(self) -> torch.Tensor:
         """rowsum(W^2) [N]; computed anew when the base holds another weight than the last time, or changed it."""
         held = self.base_layer.weight
-        if torch.compiler.is_compiling() and self._row_squares is not None:  # which knows no addresses
-            return self._row_squares[1]
+        if traced(held):  # a tracer knows no addresses
+            return row_squares(self._weight()) if self._row_squares is None else self._row_squares[1]
         mark = id(held), held.data_ptr(), held._version, held.dtype, held.device
         if self._row_squares is None or self._row_squares[0] != mark:
             self._row_squares = mark, row_squares(self._weight())
