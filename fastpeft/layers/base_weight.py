@@ -11,7 +11,6 @@ names of its classes, so that nothing here needs it installed.
 
 import functools
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -81,11 +80,11 @@ def frozen_weight(base_layer: nn.Module) -> FrozenWeight:
     if not is_quantized(base_layer):
         return weight.t() if is_conv1d(base_layer) else weight
     state = _state(base_layer)
-    known = _read.get(base_layer)
+    known: _Reading | None = base_layer.__dict__.get(_READING)
     if known is not None and known.is_of(weight, state):
         return known.weight
     read = _read_4bit(base_layer, state) if is_linear_4bit(base_layer) else _read_int8(base_layer, state)
-    _read[base_layer] = _Reading(read, state, _statistics(state), weight.data_ptr())
+    setattr(base_layer, _READING, _Reading(read, state, _statistics(state), weight.data_ptr()))
     return read
 
 
@@ -103,7 +102,9 @@ class _Reading(NamedTuple):
         return torch.compiler.is_compiling() or self.address == weight.data_ptr()  # torch.compile knows no addresses
 
 
-_read: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
+_READING = "_fastpeft_reading"
+"""The attribute of a base module that holds what was read. A dictionary keyed by modules would do in eager mode; torch.compile
+guards on all of its keys."""
 
 
 def _state(base: nn.Module) -> Any:
