@@ -39,11 +39,11 @@ def test_every_command_but_the_demo_is_shown():
     assert {line.split()[0] for line in LINES} == set(COMMANDS) - {"demo"}
 
 
-@pytest.mark.parametrize("benchmark", [lora_linear, training_step], ids=["lora_linear", "training_step"])
-def test_the_measured_tables_are_those_of_the_results_files(benchmark):
+@pytest.mark.parametrize("measured", [lora_linear, training_step], ids=["lora_linear", "training_step"])
+def test_the_measured_tables_are_those_of_the_results_files(measured):
     """A table is generated: python -m benchmarks.NAME --json FILE prints the one and writes the other."""
-    path = f"benchmarks/results/{benchmark.__name__.rpartition('.')[2]}_cpu.json"
+    path = f"benchmarks/results/{measured.__name__.rpartition('.')[2]}_cpu.json"
     record = json.loads((ROOT / path).read_text(encoding="utf-8"))
     assert f"`{path}`" in README
-    assert benchmark.table(record["rows"]) in README
+    assert measured.table(record["rows"]) in README
     assert record["machine"]["cpu"] in README
