@@ -104,3 +104,15 @@ def eager(x, w, a, b, bias, dropped):
     """What a user would write: everything in x's dtype."""
     low_rank = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype))
     return F.linear(x, w, None if bias is None else bias.to(x.dtype)) + low_rank * SCALE
+
+
+def kernels_mask(*, seed: int, like: torch.Tensor, threshold: int) -> torch.Tensor:
+    """What `keep_mask` is to the torch implementation: the mask that the kernels draw."""
+    from fastpeft.kernels.lora import lora_keep
+
+    return lora_keep(seed, like.numel() // like.shape[-1], like.shape[-1], threshold, like.device).view(like.shape)
+
+
+def moved(tensor: torch.Tensor | None, device) -> torch.Tensor | None:
+    """A leaf on `device`, wanting a gradient as before."""
+    return None if tensor is None else tensor.detach().to(device).requires_grad_(tensor.requires_grad)

@@ -12,6 +12,7 @@ from fastpeft.ops.dora_torch import row_norm, row_squares
 from fastpeft.ops.dropout import LEVELS, keep_mask, threshold_of
 from fastpeft.ops.nf4 import quantize_4bit
 from fastpeft.reference.dora import dora_linear as reference
+from tests.ops.lora_cases import kernels_mask, moved
 from tests.saved_bytes import SavedBytes
 from tests.tolerance import GRADCHECK, assert_bits_equal, assert_no_worse
 
@@ -97,8 +98,34 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_no_worse_than_eager(name, impl):
+    check(name, impl, "cpu")
+
+
+KERNEL_CASES = [
+    "aligned",
+    "odd",
+    "one_row",
+    "no_bias",
+    "3d",
+    "transposed_x_and_w",
+    "bfloat16",
+    "dropout",
+    "dropout_bf16_3d_no_bias",
+]
+
+
+@pytest.mark.watched
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_triton_no_worse_than_eager(name, device, monkeypatch):
+    """The wiring of the kernels into autograd; the kernels' own tests have the shapes."""
+    monkeypatch.setitem(globals(), "keep_mask", kernels_mask)
+    check(name, "triton", device)
+
+
+def check(name, impl, device):
     case = CASES[name]
     inputs, dy = draw(case)
+    inputs, dy = [moved(tensor, device) for tensor in inputs], dy.to(device)
     before = [t.clone() for t in (*inputs, dy) if t is not None]
     threshold = threshold_of(case.dropout_p)
     keep = keep_mask(seed=SEED, like=inputs[0], threshold=threshold).bool() if threshold else None

@@ -12,6 +12,7 @@ from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.lora_group import Projection, lora_linear_group
 from fastpeft.ops.nf4 import quantize_4bit
 from fastpeft.reference.lora_group import lora_linear_group as reference
+from tests.ops.lora_cases import kernels_mask, moved
 from tests.saved_bytes import SavedBytes
 from tests.tolerance import assert_bits_equal, assert_no_worse
 
@@ -119,6 +120,31 @@ CASES = {
 def test_no_worse_than_eager(name, impl):
     dtype, options = CASES[name]
     check(*draw(dtype, **options), impl=impl)
+
+
+@pytest.mark.watched
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("name", CASES)
+def test_triton_no_worse_than_eager(name, base, device, monkeypatch):
+    """The wiring of the kernels into autograd, over dense weights in one launch and over quantised ones in turn."""
+    monkeypatch.setitem(globals(), "keep_mask", kernels_mask)
+    monkeypatch.setattr(lora_group, "composed_is_faster", lambda *call: False)
+    dtype, options = CASES[name]
+    x, members, dys = draw(dtype, **options)
+    members = [Projection(*(moved(t, device) for t in member[:4]), *member[4:]) for member in members]
+    x, dys = moved(x, device), [dy.to(device) for dy in dys]
+    stored = [quantize_4bit(member.w, double_quant=True) for member in members] if base == "nf4" else None
+    if stored:
+        members = [member._replace(w=w.dequantize(dtype)) for member, w in zip(members, stored)]
+
+    def call(x, members, **options):
+        used = [member._replace(w=w) for member, w in zip(members, stored)] if stored else members
+        return lora_linear_group(x, used, **options)
+
+    got = outcome(lambda *t: call(*t, impl="triton"), x, members, dys)
+    want, eagerly = exact(x, members, dys), outcome(eager, x, members, dys)
+    for each in want:
+        assert_no_worse(each, got[each], want[each], eagerly[each])
 
 
 @pytest.mark.parametrize("dropout", [(0.0,) * 3, ALL_DROPPED], ids=["", "dropout"])
