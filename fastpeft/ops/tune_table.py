@@ -22,6 +22,12 @@ Seconds = dict[str, dict[str, dict[str, float]]]
 
 def machine_description(device: torch.device) -> dict[str, str]:
     """What a measurement depends on besides the problem."""
+    return dict(_described(device, torch.get_num_threads()))
+
+
+@functools.lru_cache(maxsize=16)
+def _described(device: torch.device, threads: int) -> dict[str, str]:
+    """Looked up once: a version takes a millisecond to find, and a choice is made for every new number of rows."""
     facts = backend.gpu_facts(device)
     described = {"device": facts.name, "arch": facts.arch, "processors": str(facts.processors)}
     for package in ("torch", "triton"):
@@ -31,7 +37,7 @@ def machine_description(device: torch.device) -> dict[str, str]:
             described[package] = "none"
     described["fastpeft"] = __version__
     if device.type == "cpu":
-        described["threads"] = str(torch.get_num_threads())
+        described["threads"] = str(threads)
         described["isa"] = torch.backends.cpu.get_cpu_capability()
     return described
 
