@@ -238,7 +238,8 @@ class ModulesToSaveWrapper(AdapterLayer):
         first, *rest = args
 
         def run(name: str, items: torch.Tensor) -> torch.Tensor:
-            module = (self.modules_to_save if name in self.modules_to_save else {name: self.original_module})[name]
+            has_copy = name in self.modules_to_save
+            module = self.modules_to_save[name] if has_copy else self.original_module
             return module(items, *rest, **kwargs)
 
         return by_name(self, first, run)

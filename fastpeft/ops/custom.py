@@ -111,6 +111,7 @@ def lora_linear(
 @lora_linear.register_fake
 def _(x, w, a, b, bias, seed, scale, threshold, described, impl):
     rows, r = x.numel() // x.shape[-1], a.shape[0]
+    # with kernels, padded_rank of kernels/tiling.py, which tracing must not import Triton for
     columns = r if impl == "torch" else max(16, 1 << (r - 1).bit_length())
     return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(rows, columns)
 
