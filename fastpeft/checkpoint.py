@@ -4,7 +4,8 @@ This file knows folders, a config as a dict, and tensors by name; it knows no mo
 
     base_model.model.<path of the module in the base model>.<parameter>       e.g. ....q_proj.lora_A.weight
 
-without the adapter's name. Pickle files are refused: unpickling runs code from the file.
+without the adapter's name; prompt methods have prompt_embeddings alone, and heads below base_model. What a training needs to
+go on, and the adapter does not show, is in a side file, training_state.safetensors.
 """
 
 import json
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin")
-KEY_PREFIX = "base_model.model."
+TRAINING_NAME = "training_state.safetensors"  # a side file: PEFT does not look at it
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -90,6 +91,16 @@ def read_tensors(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
                 f"load it with peft where you trust it and save it again as {TENSORS_NAME}"
             )
         raise FileNotFoundError(f"adapter: expected {path}, got no such file")
+    return _load_tensors(path)
+
+
+def read_training_tensors(source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """What is in the side file of a training's state; nothing where there is no such file."""
+    path = Path(source) / TRAINING_NAME
+    return _load_tensors(path) if path.is_file() else {}
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -99,10 +110,16 @@ def read_tensors(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def write_adapter(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Write both files of an adapter. Each is written under a temporary name first; only then are both renamed.
+def write_adapter(
+    folder: str | os.PathLike,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    training: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the files of an adapter. Each is written under a temporary name first; only then are all renamed.
 
-    What stood in the folder is untouched until both new files are complete, whatever fails.
+    training: the state of its training, for the side file; without any, a side file that stood there goes
+    What stood in the folder is untouched until all new files are complete, whatever fails.
     Raises:  OSError if the folder cannot be made or written; ValueError for a tensor without data (meta device)
     """
     folder = Path(folder)
@@ -112,20 +129,23 @@ def write_adapter(folder: str | os.PathLike, config: dict[str, Any], tensors: di
             f"save_pretrained: expected tensors with data, got {len(empty)} on the meta device, e.g. {empty[0]}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # Shared storage is saved once per name: safetensors refuses aliases, and PEFT reads plain tensors.
-    plain = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_files(
-        {
-            folder / TENSORS_NAME: lambda path: _save_tensors(plain, path),
-            folder / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
-        }
-    )
+    writers = {
+        folder / TENSORS_NAME: lambda path: _save_tensors(tensors, path),
+        folder / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    if training:
+        writers[folder / TRAINING_NAME] = lambda path: _save_tensors(training, path)
+    replace_files(writers)
+    if not training:
+        (folder / TRAINING_NAME).unlink(missing_ok=True)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    # Shared storage is saved once per name: safetensors refuses aliases, and PEFT reads plain tensors.
+    plain = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:  # an input/output error inside safetensors
         raise OSError(f"adapter: cannot write {path}: {error}") from error
 

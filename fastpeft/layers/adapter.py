@@ -23,12 +23,17 @@ class AdapterLayer(nn.Module):
 
     A subclass defines
         adapter_attributes        names of the ModuleDicts / ParameterDicts keyed by adapter name
-        delta_weight(name)        what merging adds to base_layer.weight, or None when the method cannot merge
+        settings_attributes       names of plain dicts (or ModuleDicts without tensors on disk) keyed by adapter name
+        compute(names, x, ...)    the forward with these adapters acting, in this order; with none, the base's
+        delta_weight(name)        what merging adds to base_layer.weight; or merge_into, where merging is no addition
         delta_bias(name)          what merging adds to base_layer.bias, or None
+        mergeable                 False where the method has no merged form
+        training_tensors(name)    what a resumed training needs beside the adapter's own tensors
     """
 
     adapter_attributes: tuple[str, ...] = ()
-    settings_attributes: tuple[str, ...] = ()  # plain dicts keyed by adapter name
+    settings_attributes: tuple[str, ...] = ()
+    mergeable = True
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -78,6 +83,10 @@ class AdapterLayer(nn.Module):
                 tensors |= {f"{attribute}.{key}": tensor for key, tensor in entry.named_parameters()}
         return tensors
 
+    def training_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What a resumed training needs and the adapter's own tensors do not show, by name; written to a side file."""
+        return {}
+
     def absorb(self, other: "AdapterLayer") -> None:
         """Take over the adapters of another wrapper of the same class and base module; all entries of a name at once."""
         for attribute in (*self.adapter_attributes, *self.settings_attributes):
@@ -116,25 +125,51 @@ class AdapterLayer(nn.Module):
             names, self._merged_before_disable = self._merged_before_disable, []
             self.merge(names)
 
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def compute(self, names: list[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The forward with the adapters `names` acting, in this order; with none, the base module's."""
+        raise NotImplementedError(f"{type(self).__name__}: expected compute to be defined")
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.row_adapters is not None and not self.disable_adapters:
+            from fastpeft.layers.row_adapters import by_name
+
+            known = self.adapter_names
+            return by_name(
+                self, x, lambda name, items: self.compute([name] if name in known else [], items, *args, **kwargs)
+            )
+        off = self.disable_adapters or self.merged_adapters
+        return self.compute([] if off else self.active_adapters, x, *args, **kwargs)
+
     # -- merging ------------------------------------------------------------------------------------------------------
 
-    def delta_weight(self, name: str) -> torch.Tensor | None:
+    def check_mergeable(self) -> None:
+        """Raise NotImplementedError where the method has no merged form."""
+        if not self.mergeable:
+            raise NotImplementedError(
+                f"merge: {type(self).__name__} computes what no weight of the base module can; keep the adapter beside it"
+            )
+
+    def delta_weight(self, name: str) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__}: this method has no merged form")
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return None
 
     def merge(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the adapters' weights to the base module's: the sum is taken in float32 (float64 if the base is) and rounded once.
+        """Let the base module compute what it computes with the adapters: in float32 (float64 if the base is), rounded once.
 
         A quantised weight is dequantised, summed, and quantised again with its own settings: that rounds as quantising did.
         The base's own Parameter object is set aside, so `unmerge` restores its bits and a tied module never sees the sum.
-        Raises:  ValueError with safe_merge if a merged value is not finite; the base is then unchanged
+        Raises:  ValueError with safe_merge if a merged value is not finite; the base is then unchanged.
+                 NotImplementedError where the method has no merged form
         """
         wanted = self.active_adapters if adapter_names is None else adapter_names
         new = [name for name in wanted if name in self.adapter_names and name not in self.merged_adapters]
         if not new:
             return
+        self.check_mergeable()
         own = self._unmerged or BaseParameters.of(self.base_layer)
         names = [*self.merged_adapters, *new]
         weight, bias = self.merged_tensors(names, own.dense(), own.bias)
@@ -147,22 +182,27 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str], weight: torch.Tensor, bias: torch.Tensor | None):
-        """(weight, bias) with the deltas of `names` added; bias stays None where neither base nor adapters have one.
+        """(weight, bias) with the adapters `names` in them; bias stays None where neither base nor adapters have one.
 
         weight: the base's own, dense, in its stored layout; the result has its dtype
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
-        bias_deltas = []
+        total_bias = None if bias is None else bias.to(wide, copy=True)
         for name in names:
-            total += self.delta_weight(name)
-            bias_deltas += [delta for delta in [self.delta_bias(name)] if delta is not None]
-        if not bias_deltas:
-            return total.to(weight.dtype), None
-        merged_bias = sum(bias_deltas).to(wide)
-        if bias is None:
-            return total.to(weight.dtype), merged_bias.to(weight.dtype)
-        return total.to(weight.dtype), (bias.to(wide) + merged_bias).to(bias.dtype)
+            total, total_bias = self.merge_into(name, total, total_bias)
+        if total_bias is not None:
+            total_bias = total_bias.to(weight.dtype if bias is None else bias.dtype)
+        return total.to(weight.dtype), total_bias
+
+    def merge_into(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None):
+        """(weight, bias) of a base with this adapter in it; both are in float32 or wider and may be changed in place."""
+        weight += self.delta_weight(name)
+        delta = self.delta_bias(name)
+        if delta is not None:
+            delta = delta.to(weight.dtype)
+            bias = delta if bias is None else bias.add_(delta)
+        return weight, bias
 
     def unmerge(self) -> None:
         """Put the base module's own parameters back, bit for bit."""

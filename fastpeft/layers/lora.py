@@ -13,24 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastpeft.layers import shared_input
-from fastpeft.layers.base_weight import (
-    BaseParameters,
-    compute_dtype,
-    frozen_weight,
-    is_conv1d,
-    is_linear_base,
-    is_quantized,
-    weight_shape,
-)
+from fastpeft.layers.base_weight import BaseParameters, compute_dtype
+from fastpeft.layers.linear_adapter import LinearAdapter, tensor_factory
 from fastpeft.layers.lora_embedding import LoRAEmbedding
 from fastpeft.layers.lora_settings import InitLoraWeights, LoRALayer
 from fastpeft.layers.row_adapters import lora_linear_layer
 from fastpeft.ops.dora import EPS, dora_linear
 from fastpeft.ops.dora_torch import row_norm, row_squares
-from fastpeft.ops.frozen_linear import frozen_linear
 from fastpeft.ops.lora_group import Projection, lora_linear_group
 from fastpeft.ops.tracing import traced
-from fastpeft.ops.weights import FrozenWeight, dense
+from fastpeft.ops.weights import dense
 
 __all__ = ["LoRAEmbedding", "LoRALinear"]
 
@@ -43,7 +35,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(LoRALayer, LinearAdapter):
     """A linear module with LoRA or DoRA: a drop-in for the linear that it wraps.
 
         y = x W^T + bias + s (drop(x) A^T) B^T,    s = lora_alpha / r   (lora_alpha / sqrt(r) with use_rslora)
@@ -83,20 +75,14 @@ class LoRALinear(LoRALayer):
         impl: str = "auto",
         exact: bool = False,
     ):
-        if not is_linear_base(base_layer):
-            raise TypeError(
-                f"LoRALinear: expected an nn.Linear or transformers Conv1D, got {type(base_layer).__name__}"
-            )
         if use_dora and lora_bias:
             raise ValueError("LoRALinear: expected use_dora or lora_bias, got both; DoRA has no bias of its own")
-        super().__init__(base_layer)
-        self.fan_in_fan_out = is_conv1d(base_layer)
-        self.impl, self.exact = impl, exact
+        super().__init__(base_layer, impl)
+        self.exact = exact
         self.followers: shared_input.Followers | None = None  # set by link_siblings
-        n, k = weight_shape(base_layer)
-        self.in_features, self.out_features = k, n
+        n, k = self.out_features, self.in_features
         self._set(adapter_name, r, lora_alpha, use_rslora, lora_dropout)
-        factory = self._factory(autocast_adapter_dtype)
+        factory = tensor_factory(base_layer, autocast_adapter_dtype)
         self.lora_A = nn.ModuleDict({adapter_name: nn.Linear(k, r, bias=False, **factory)})
         self.lora_B = nn.ModuleDict({adapter_name: nn.Linear(r, n, bias=lora_bias, **factory)})
         self.lora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()})
@@ -107,9 +93,7 @@ class LoRALinear(LoRALayer):
             self.lora_magnitude_vector[adapter_name] = Magnitude(
                 self._initial_magnitude(adapter_name, factory["dtype"])
             )
-        base_layer.weight.requires_grad_(False)
-        if base_layer.bias is not None:
-            base_layer.bias.requires_grad_(False)
+        self.freeze_base()
         self.set_adapter(adapter_name)
 
     def _reset(self, name: str, init_lora_weights: InitLoraWeights) -> None:
@@ -129,7 +113,7 @@ class LoRALinear(LoRALayer):
     @torch.no_grad()
     def _initial_magnitude(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         squares = self.row_squares()
-        w = dense(self._weight(), squares.dtype)
+        w = dense(self.frozen_weight(), squares.dtype)
         return row_norm(w, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], squares).to(dtype)
 
     # -- adapters: those of AdapterLayer, and a magnitude where there is one ----------------------------------------------
@@ -151,45 +135,36 @@ class LoRALinear(LoRALayer):
 
     # -- what goes into the op --------------------------------------------------------------------------------------------
 
-    def _weight(self) -> FrozenWeight:
-        """The frozen weight as [N, K], whatever way the base stores it."""
-        return frozen_weight(self.base_layer)
-
     def row_squares(self) -> torch.Tensor:
         """rowsum(W^2) [N]; computed anew when the base holds another weight than the last time, or changed it."""
         held = self.base_layer.weight
         if traced(held):  # a tracer knows no addresses
-            return row_squares(self._weight()) if self._row_squares is None else self._row_squares[1]
+            return row_squares(self.frozen_weight()) if self._row_squares is None else self._row_squares[1]
         mark = id(held), held.data_ptr(), held._version, held.dtype, held.device
         if self._row_squares is None or self._row_squares[0] != mark:
-            self._row_squares = mark, row_squares(self._weight())
+            self._row_squares = mark, row_squares(self.frozen_weight())
         return self._row_squares[1]
 
     def _dropout_p(self, name: str) -> float:
         dropout = self.lora_dropout[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
-    def _base_is_plain(self) -> bool:
-        """True if the base's forward is just its weight and bias: no subclass, hook, or instance override to honour."""
-        base = self.base_layer
-        own = type(base).forward
-        own_forward = self.fan_in_fan_out or own is nn.Linear.forward
-        if not own_forward and is_quantized(base):
-            own_forward = own.__module__.startswith("bitsandbytes.") and not base.weight.is_floating_point()
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return own_forward and not hooked and "forward" not in base.__dict__ and not base.weight.requires_grad
-
     def shared_call(self, x: torch.Tensor) -> "shared_input.Call | None":
         """What this layer computes for x, if one call of lora_linear_group does all of it."""
         names = self.active_adapters
-        if len(names) != 1 or self.disable_adapters or self.merged_adapters or not self._base_is_plain():
+        if len(names) != 1 or self.disable_adapters or self.merged_adapters or not self.base_is_plain():
             return None
         (name,), base = names, self.base_layer
         b = self.lora_B[name]
         if b.bias is not None or name in self.lora_magnitude_vector or compute_dtype(base, x.dtype) != x.dtype:
             return None
         projection = Projection(
-            self._weight(), self.lora_A[name].weight, b.weight, base.bias, self.scaling[name], self._dropout_p(name)
+            self.frozen_weight(),
+            self.lora_A[name].weight,
+            b.weight,
+            base.bias,
+            self.scaling[name],
+            self._dropout_p(name),
         )
         return shared_input.Call(projection, self.impl, self.exact)
 
@@ -200,31 +175,26 @@ class LoRALinear(LoRALayer):
         if self.row_adapters is not None and not self.disable_adapters:
             return lora_linear_layer(self, x)
         if self.disable_adapters or self.merged_adapters or not names:
-            return self._base(x, *args, **kwargs)
+            return self.base_forward(x, *args, **kwargs)
         call = self.shared_call(x)
         if call is not None:
             return shared_input.forward(self, call, x)
         plain = [name for name in names if name not in self.lora_magnitude_vector]
-        if not self._base_is_plain():
+        if not self.base_is_plain():
             y = self.base_layer(x, *args, **kwargs)
         elif len(names) == 1 and not plain:
             return self._dora(x, names[0], self.base_layer.bias)
         else:
             members, left = (
-                ([Projection(self._weight(), bias=self.base_layer.bias)], []) if not plain else self._leading(plain)
+                ([Projection(self.frozen_weight(), bias=self.base_layer.bias)], [])
+                if not plain
+                else self._leading(plain)
             )
             y = self._computed(x, members)
             names = left + [name for name in names if name not in plain]
         for name in names:
             y = y + self._update(x, name).to(y.dtype)
         return y
-
-    def _base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """The base alone. A quantised one goes through our product: bitsandbytes' is wrong on a CPU where blocks cross rows."""
-        if not is_quantized(self.base_layer) or not self._base_is_plain():
-            return self.base_layer(x, *args, **kwargs)
-        wanted = compute_dtype(self.base_layer, x.dtype)
-        return frozen_linear(x.to(wanted), self._weight(), self.base_layer.bias, impl=self.impl).to(x.dtype)
 
     def _computed(self, x: torch.Tensor, members: list[Projection]) -> torch.Tensor:
         """One projection, in the dtype that the base computes in."""
@@ -236,7 +206,7 @@ class LoRALinear(LoRALayer):
         wanted = compute_dtype(self.base_layer, x.dtype)
         y = dora_linear(
             x.to(wanted),
-            self._weight(),
+            self.frozen_weight(),
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.lora_magnitude_vector[name].weight,
@@ -259,11 +229,11 @@ class LoRALinear(LoRALayer):
             a = torch.cat([self.lora_A[name].weight for name in names])
             b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
             biases = [bias for bias in map(self._scaled_bias, names) if bias is not None]
-            return [Projection(self._weight(), a, b, self._sum_bias(base_bias, biases))], []
+            return [Projection(self.frozen_weight(), a, b, self._sum_bias(base_bias, biases))], []
         b = self.lora_B[first]
         bias = base_bias if b.bias is None else self._sum_bias(base_bias, [self._scaled_bias(first)])
         a, scale, p = self.lora_A[first].weight, self.scaling[first], self._dropout_p(first)
-        return [Projection(self._weight(), a, b.weight, bias, scale, p)], names[1:]
+        return [Projection(self.frozen_weight(), a, b.weight, bias, scale, p)], names[1:]
 
     def _scaled_bias(self, name: str) -> torch.Tensor | None:
         bias = self.lora_B[name].bias
@@ -278,7 +248,7 @@ class LoRALinear(LoRALayer):
     def _update(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """What one adapter alone adds to the base's output, for what cannot go into the base's op."""
         if name in self.lora_magnitude_vector:
-            return self._dora(x, name, None) - self._computed(x, [Projection(self._weight())])
+            return self._dora(x, name, None) - self._computed(x, [Projection(self.frozen_weight())])
         a, b = self.lora_A[name].weight, self.lora_B[name]
         dropped = F.dropout(x, self._dropout_p(name)).to(a.dtype)
         return F.linear(F.linear(dropped, a), b.weight, b.bias) * self.scaling[name]

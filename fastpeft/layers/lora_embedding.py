@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastpeft.layers.linear_adapter import tensor_factory
 from fastpeft.layers.lora_settings import InitLoraWeights, LoRALayer
-from fastpeft.layers.row_adapters import by_name
 
 
 class LoRAEmbedding(LoRALayer):
@@ -41,21 +41,14 @@ class LoRAEmbedding(LoRALayer):
         super().__init__(base_layer)
         self._set(adapter_name, r, lora_alpha, use_rslora, 0.0)
         vocabulary, dim = base_layer.weight.shape
-        factory = self._factory(autocast_adapter_dtype)
+        factory = tensor_factory(base_layer, autocast_adapter_dtype)
         a = torch.zeros(r, vocabulary, **factory) if init_lora_weights else torch.randn(r, vocabulary, **factory)
         self.lora_embedding_A = nn.ParameterDict({adapter_name: nn.Parameter(a)})
         self.lora_embedding_B = nn.ParameterDict({adapter_name: nn.Parameter(torch.randn(dim, r, **factory))})
         base_layer.weight.requires_grad_(False)
         self.set_adapter(adapter_name)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.row_adapters is not None and not self.disable_adapters:
-            return by_name(
-                self, ids, lambda name, items: self._with([name] if name in self.adapter_names else [], items)
-            )
-        return self._with([] if self.disable_adapters or self.merged_adapters else self.active_adapters, ids)
-
-    def _with(self, names: list[str], ids: torch.Tensor) -> torch.Tensor:
+    def compute(self, names: list[str], ids: torch.Tensor) -> torch.Tensor:
         """The base's rows, with the updates of these adapters."""
         y, base = self.base_layer(ids), self.base_layer
         options = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)

@@ -4,10 +4,10 @@ import math
 import numbers
 from typing import Literal
 
-import torch
 from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
+from fastpeft.layers.linear_adapter import check_adapter_name
 
 InitLoraWeights = bool | Literal["gaussian"]
 
@@ -35,22 +35,14 @@ class LoRALayer(AdapterLayer):
 
     settings_attributes = ("r", "lora_alpha", "scaling")
 
-    def __init__(self, base_layer: nn.Module):
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, *args):
+        super().__init__(base_layer, *args)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
 
     def _set(self, name: str, r: int, lora_alpha: float, use_rslora: bool, lora_dropout: float) -> None:
         check_rank(type(self).__name__, r, lora_alpha, lora_dropout)
-        if "." in name or not name:
-            raise ValueError(f"{type(self).__name__}: expected an adapter name without dots, got {name!r}")
+        check_adapter_name(type(self).__name__, name)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name] = lora_scale(r, lora_alpha, use_rslora)
-
-    def _factory(self, autocast_adapter_dtype: bool) -> dict:
-        """Where and in which dtype an adapter's tensors are made: with the base, in float32 where the base is half precision."""
-        weight = self.base_layer.weight
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if (half and autocast_adapter_dtype) or not weight.is_floating_point() else weight.dtype
-        return {"device": weight.device, "dtype": dtype}

@@ -4,9 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
+from fastpeft.layers.prompt import PromptLayer
 
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # New heads, trained in full beside the adapter. PEFT finds DistilBERT's pre_classifier by a bare endswith("classifier").
@@ -22,6 +24,10 @@ class PeftConfig:
     """Options common to all methods. A method's config adds its own fields and says which modules it wraps, and how."""
 
     peft_type: ClassVar[str] = ""
+    key_prefix: ClassVar[str] = "base_model.model."
+    """What stands before a module's path in the name of a tensor on disk."""
+    known_to_peft: ClassVar[bool] = True
+    """False for a method that PEFT lacks, whose adapters it cannot load."""
     # Fields that PEFT writes and this method does not have, with the values that mean "not used".
     unsupported: ClassVar[dict[str, tuple]] = {}
     # Fields in which two configs of the same tensors may differ: origin, training, and ways to name the same modules.
@@ -55,6 +61,27 @@ class PeftConfig:
     def wrap(self, path: str, module: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> AdapterLayer:
         """A new wrapper of `module` with one adapter; the model that holds the module is not changed."""
         raise NotImplementedError
+
+    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool) -> PromptLayer | None:
+        """What a prompt method puts before the model's input or keys; None for a method that wraps modules."""
+        return None
+
+    def trained_parameters(
+        self, modules: dict[str, nn.Module], wrapped: list[str], copied: list[str]
+    ) -> dict[str, nn.Parameter]:
+        """Parameters of the base model that are trained in place, by their path once the adapter is installed.
+
+        modules: the base model's, by path; wrapped: paths that get a wrapper; copied: paths whose module is copied in full
+        """
+        return {}
+
+    def to_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The adapter's tensors as they are saved."""
+        return tensors
+
+    def from_disk(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Saved tensors in the shapes of a fresh adapter, `expected`; what does not fit stays as it is."""
+        return found
 
     def resolved(self, model: nn.Module, paths: list[str]) -> "PeftConfig":
         """A copy with what was left to defaults spelled out, so that the saved adapter loads without them."""

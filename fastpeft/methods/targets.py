@@ -114,15 +114,16 @@ def find_targets(
     layers_to_transform: int | list[int] | None = None,
     layers_pattern: str | list[str] | None = None,
     strict: bool = True,
+    defaults: dict[str, tuple[str, ...]] | None = None,
 ) -> list[str]:
     """Paths of the modules that are meant, in the model's order; a module with several paths is listed once.
 
-    None takes the architecture's row of DEFAULT_TARGETS. strict=False lets a listed name match nothing.
+    None takes the architecture's row of `defaults` (DEFAULT_TARGETS). strict=False lets a listed name match nothing.
     Raises:  NoTargetError if a listed name matches nothing (strict), or nothing is left; it names what exists
     """
     modules = list(base_modules(model))
     if target_modules is None:
-        target_modules, strict = _default_targets(model), False
+        target_modules, strict = _default_targets(model, DEFAULT_TARGETS if defaults is None else defaults), False
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         target_modules = linear_paths(model, task_type)
     elif not isinstance(target_modules, str):
@@ -178,14 +179,14 @@ def names_peft_agrees_on(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(agreed))
 
 
-def _default_targets(model: nn.Module) -> list[str]:
+def _default_targets(model: nn.Module, defaults: dict[str, tuple[str, ...]]) -> list[str]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in DEFAULT_TARGETS:
+    if kind not in defaults:
         raise NoTargetError(
             f"target_modules: no default for model_type {kind!r}; give a list, a regular expression or 'all-linear'; "
             f"{_existing(list(base_modules(model)))}"
         )
-    return list(DEFAULT_TARGETS[kind])
+    return list(defaults[kind])
 
 
 def _unique(pairs: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:

@@ -4,21 +4,18 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from fastpeft.checkpoint import KEY_PREFIX, compare, read_adapter, write_adapter
-from fastpeft.layers.adapter import recomputes_layers
-from fastpeft.layers.base_weight import is_linear_4bit, keep_model_unpacked, weight_shape
-from fastpeft.methods import config_from_dict
+from fastpeft.checkpoint import write_adapter
+from fastpeft.layers.base_weight import is_linear_4bit, weight_shape
 from fastpeft.methods.config import PeftConfig
-from fastpeft.methods.targets import base_modules
-from fastpeft.tuner import Injection, Tuner
+from fastpeft.model.loading import install, load_into
+from fastpeft.model.preparation import require_input_gradients
+from fastpeft.tuner import Tuner
 
 DEFAULT_ADAPTER = "default"
 
@@ -60,7 +57,7 @@ class PeftModel(nn.Module):
 
     def generate(self, *args, adapter_names: Iterable[str] | None = None, **kwargs):
         """The base model's generate; adapter_names as in forward."""
-        with self.base_model.adapters_per_item(adapter_names):
+        with self.base_model.adapters_per_item(adapter_names), self.base_model.generation():
             return self.get_base_model().generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
@@ -98,12 +95,7 @@ class PeftModel(nn.Module):
         Raises:  ValueError for a name that exists or an option out of range, NoTargetError where nothing matches
         """
         injection = self.base_model.prepare(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._install(injection)
-
-    def _install(self, injection: Injection) -> None:
-        if not self.peft_config and recomputes_layers(self.get_base_model()):
-            require_input_gradients(self.get_base_model())
-        self.base_model.install(injection)
+        install(self.base_model, injection)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several whose updates add up; the others are frozen and do not act."""
@@ -188,7 +180,8 @@ class PeftModel(nn.Module):
         for name in names:
             folder = root if name == DEFAULT_ADAPTER else root / name
             config = dataclasses.replace(self.peft_config[name], inference_mode=True)
-            write_adapter(folder, config.to_dict(), self.base_model.adapter_tensors(name))
+            tensors = config.to_disk(self.base_model.adapter_tensors(name))
+            write_adapter(folder, config.to_dict(), tensors, self.base_model.training_tensors(name))
 
     @classmethod
     def from_pretrained(
@@ -219,71 +212,9 @@ class PeftModel(nn.Module):
         A first adapter becomes active. Everything is checked before the model changes.
         Raises:  FileNotFoundError, or ValueError for a damaged file, a pickle, or tensors that do not fit, listed by name
         """
-        values, found = read_adapter(model_id)
-        config = config_from_dict(values)
-        config.inference_mode = not is_trainable
-        exists = adapter_name in self.peft_config
-        if exists:
-            different = config.differences(self.peft_config[adapter_name])
-            if different:
-                raise ValueError(f"load_adapter: {model_id} differs from the loaded {adapter_name!r} in {different}")
-            expected, injection = self.base_model.adapter_tensors(adapter_name), None
-        else:
-            injection = self.base_model.prepare(
-                adapter_name,
-                config,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                strict=False,
-                saved_paths=self._paths_peft_saved(config, found),
-            )
-            expected = injection.tensors()
-        found = self._without_extras(found, expected)
-        compare(expected, found)
-        if injection is not None:
-            self._install(injection)
-            if not self.active_adapters:
-                self.base_model.set_adapter(adapter_name, trainable=is_trainable)
-        with torch.no_grad():
-            for name, tensor in self.base_model.adapter_tensors(adapter_name).items():
-                tensor.copy_(found[name])
+        load_into(self.base_model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
-
-    def _paths_peft_saved(self, config: PeftConfig, found: dict[str, torch.Tensor]) -> list[str]:
-        """Modules that PEFT saved by its bare endswith rule, such as input_layernorm for modules_to_save=["norm"]."""
-        names = tuple(getattr(config, "modules_to_save", None) or ())
-        owners = {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in found}
-        return [
-            path for path, _ in base_modules(self.get_base_model()) if names and path.endswith(names) and path in owners
-        ]
-
-    def _without_extras(
-        self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Drop what PEFT writes beside the adapter: biases of wrappers, and embeddings that equal the base model's.
-
-        Raises:  NotImplementedError if the file holds an embedding that differs from the base model's
-        """
-        modules = dict(base_modules(self.get_base_model()))
-        kept = {}
-        for key, tensor in found.items():
-            path = key.removeprefix(KEY_PREFIX)
-            if key not in expected and re.search(r"\.(modules_to_save|original_module)\.([\w.]+\.)?bias$", path):
-                continue
-            owner = modules.get(path.removesuffix(".weight").removesuffix(".base_layer"))
-            if key not in expected and isinstance(owner, nn.Embedding | nn.Linear) and path.endswith(".weight"):
-                same = owner.weight.shape == tensor.shape and torch.equal(
-                    owner.weight.cpu(), tensor.to(owner.weight.dtype)
-                )
-                if same:
-                    continue
-                if isinstance(owner, nn.Embedding):
-                    raise NotImplementedError(
-                        f"load_adapter: {key} {tuple(tensor.shape)} is not the base model's {tuple(owner.weight.shape)}; "
-                        "the adapter was saved with a changed vocabulary: give the base model's embedding these weights first"
-                    )
-            kept[key] = tensor
-        return kept
 
 
 def get_peft_model(
@@ -301,45 +232,3 @@ def get_peft_model(
             f"get_peft_model: expected a fastpeft config such as LoraConfig, got {type(peft_config).__name__}"
         )
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
-
-
-def prepare_for_training(
-    model: nn.Module,
-    use_gradient_checkpointing: bool = False,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-) -> nn.Module:
-    """Freeze a model and, if asked, recompute activations in backward instead of keeping them.
-
-    No dtype changes: unlike PEFT's prepare_model_for_kbit_training, norms, embeddings and the head are not copied to float32.
-    Raises:  ValueError for a 4-bit model that bitsandbytes has repacked
-    """
-    keep_model_unpacked(model)
-    model.requires_grad_(False)
-    if use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
-        require_input_gradients(model)
-        if hasattr(model, "config"):
-            model.config.use_cache = False
-    return model
-
-
-def prepare_model_for_kbit_training(
-    model: nn.Module,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-) -> nn.Module:
-    """prepare_for_training by PEFT's name, with its default: checkpointing on. For models of any kind, quantised or not.
-
-    PEFT's own also copies every other half-precision weight to float32: norms, embeddings, the head. That makes the whole
-    residual stream float32 and costs 2 bytes a number (1 GB for a vocabulary of 128K by 4096) without more accurate sums:
-    norms sum in float32 in any case, and the adapter's tensors are float32. Here nothing is copied.
-    """
-    return prepare_for_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-
-
-def require_input_gradients(model: nn.Module) -> None:
-    """Let the input embedding's output require a gradient: reentrant checkpointing trains nothing otherwise."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

@@ -1,6 +1,6 @@
-"""Putting adapters into a model and taking them out again.
+"""Putting adapters into a model, and choosing which of them act.
 
-An adapter is built beside the model first (`Tuner.prepare`) and only then installed, so that a bad config, a missing
+An adapter is built beside the model first (`prepare`) and only then installed, so that a bad config, a missing
 module or a checkpoint of another model is found before anything has changed.
 """
 
@@ -8,78 +8,22 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from fastpeft.checkpoint import KEY_PREFIX
 from fastpeft.layers.adapter import AdapterLayer, ModulesToSaveWrapper
-from fastpeft.layers.base_weight import BaseParameters, is_quantized, keep_model_unpacked
+from fastpeft.layers.base_weight import is_quantized, keep_model_unpacked
+from fastpeft.layers.prompt import PromptLayer
 from fastpeft.layers.row_adapters import named_items
 from fastpeft.layers.shared_input import link_siblings
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import base_modules, is_inside, paths_of_saved_modules
+from fastpeft.tuner.injection import Injection, disk_tensors
+from fastpeft.tuner.trained_parameters import TrainedParameters
 
 
-@dataclass
-class Injection:
-    """One adapter that is ready to be installed: a new single-adapter wrapper per module, and base biases to be trained."""
-
-    name: str
-    config: PeftConfig
-    layers: dict[str, AdapterLayer]
-    biases: dict[str, nn.Parameter] = field(default_factory=dict)  # by their path after the installation
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors by their name on disk."""
-        return disk_tensors(self.layers.items(), self.name) | {
-            KEY_PREFIX + key: bias for key, bias in self.biases.items()
-        }
-
-
-class TrainedBiases:
-    """Biases of the base model that one adapter trains. The model holds either their trained values or the base's own;
-    the others are kept aside.
-
-    parameters: the biases by path; one that is registered under several paths comes once per path
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
-        self._distinct = list({id(bias): bias for bias in parameters.values()}.values())
-        self._aside = [bias.detach().clone() for bias in self._distinct]
-        self.in_model = False
-
-    def put(self, trained: bool) -> None:
-        """Let the model hold the trained values, or the base's."""
-        if trained is self.in_model:
-            return
-        for i, bias in enumerate(self._distinct):
-            self._aside[i], bias.data = bias.data, self._aside[i].to(bias)
-        self.in_model = trained
-
-    def trained(self) -> dict[str, torch.Tensor]:
-        """The trained values by path, wherever they are."""
-        values = self._distinct if self.in_model else self._aside
-        by_id = {id(bias): value for bias, value in zip(self._distinct, values, strict=True)}
-        return {path: by_id[id(bias)] for path, bias in self.parameters.items()}
-
-    def requires_grad_(self, flag: bool) -> None:
-        for bias in self._distinct:
-            bias.requires_grad_(flag)
-
-
-def disk_tensors(layers: Iterable[tuple[str, AdapterLayer]], name: str) -> dict[str, torch.Tensor]:
-    """Tensors of adapter `name` in these (path, wrapper) pairs by their name on disk."""
-    return {
-        f"{KEY_PREFIX}{path}.{key}": tensor
-        for path, layer in layers
-        for key, tensor in layer.adapter_tensors(name).items()
-    }
-
-
-class Tuner(nn.Module):
+class Adapters(nn.Module):
     """A model with adapters in it. `model` is the user's model: its modules are wrapped in place, its own code is not touched."""
 
     def __init__(self, model: nn.Module):
@@ -89,7 +33,8 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
         self.disabled = False
-        self._biases_of: dict[str, TrainedBiases] = {}
+        self.prompts = nn.ModuleDict()  # of prompt methods, by adapter name
+        self._trained_of: dict[str, TrainedParameters] = {}
 
     def __getattr__(self, name: str):
         try:
@@ -100,7 +45,19 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+        prompt = self.active_prompt()
+        return self.model(*args, **kwargs) if prompt is None else prompt.call(self.model, args, kwargs)
+
+    def generation(self) -> AbstractContextManager:
+        """Inside, the model's generate uses the active adapter's prompt, if it has one."""
+        prompt = self.active_prompt()
+        return nullcontext() if prompt is None else prompt.generation(self.model)
+
+    def active_prompt(self) -> PromptLayer | None:
+        """The prompt of the active adapter, or None: no prompt method, or adapters are off."""
+        if self.disabled or not len(self.prompts):
+            return None
+        return next((self.prompts[name] for name in self.active_adapters if name in self.prompts), None)
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path, wrapper) of every wrapped module; a shared one once, under its first path."""
@@ -136,7 +93,11 @@ class Tuner(nn.Module):
             layers = {path: config.wrap(path, modules[path], name, autocast_adapter_dtype) for path in paths}
             layers |= self._copies(name, config, modules, strict, saved_paths)
             self._check_kinds(layers)
-            return Injection(name, config.resolved(self.model, paths), layers, self._biases(config, layers, modules))
+            copied = [path for path, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)]
+            parameters = config.trained_parameters(modules, [path for path in layers if path not in copied], copied)
+            self._check_trained(name, parameters)
+            prompt = config.make_prompt(self.model, autocast_adapter_dtype)
+            return Injection(name, config.resolved(self.model, paths), layers, parameters, prompt)
         finally:
             for parameter, flag in requires_grad.items():
                 parameter.requires_grad_(flag)
@@ -187,24 +148,15 @@ class Tuner(nn.Module):
                     f"add_adapter: {path} is wrapped by {type(old).__name__} already, a {type(new).__name__} cannot join it"
                 )
 
-    def _biases(self, config, layers, modules) -> dict[str, nn.Parameter]:
-        choice = getattr(config, "bias", "none")
-        if choice == "none":
-            return {}
-        others = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+    def _check_trained(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
+        """Two adapters cannot train one parameter of the base: each would change what the other was trained with."""
+        mine = TrainedParameters(parameters)
+        others = [other for other, trained in self._trained_of.items() if trained.shares_with(mine)]
         if others:
             raise ValueError(
-                f"add_adapter: expected bias='none' beside {others}, which trains the base's biases; got {choice!r}"
+                f"add_adapter: expected bias='none' beside {others}, which trains the same parameters of the base; "
+                f"got {name!r} with {sorted(parameters)[:3]}"
             )
-        copied = [path for path, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)]
-        biases = {}
-        for path, module in modules.items():
-            bias = getattr(module, "bias", None)
-            wrapped = path in layers and path not in copied
-            if not isinstance(bias, nn.Parameter) or is_inside(path, copied) or (choice == "lora_only" and not wrapped):
-                continue
-            biases[f"{path}.base_layer.bias" if wrapped else f"{path}.bias"] = bias
-        return biases
 
     def install(self, injection: Injection) -> None:
         """Put a prepared adapter into the model, frozen and not active yet. A first adapter freezes the base."""
@@ -221,7 +173,9 @@ class Tuner(nn.Module):
                 layer.disable_adapters = self.disabled
                 for parent, attribute in owners[id(layer.get_base_layer())]:
                     setattr(parent, attribute, layer)
-        self._biases_of[injection.name] = TrainedBiases(injection.biases)
+        self._trained_of[injection.name] = TrainedParameters(injection.parameters)
+        if injection.prompt is not None:
+            self.prompts[injection.name] = injection.prompt.requires_grad_(False)
         self.peft_config[injection.name] = injection.config
         link_siblings(self.model)
 
@@ -237,8 +191,21 @@ class Tuner(nn.Module):
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The installed adapter's tensors by their name on disk."""
-        biases = self._biases_of[name].trained()
-        return disk_tensors(self.layers(), name) | {KEY_PREFIX + path: bias for path, bias in biases.items()}
+        parameters = self._trained_of[name].trained()
+        return disk_tensors(self.peft_config[name], self.layers(), name, parameters, self.prompt_of(name))
+
+    def prompt_of(self, name: str) -> PromptLayer | None:
+        return dict(self.prompts.items()).get(name)
+
+    def training_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What a resumed training of the adapter needs beside its own tensors, by name."""
+        tensors = {
+            f"{path}.{key}": tensor
+            for path, layer in self.layers()
+            for key, tensor in layer.training_tensors(name).items()
+        }
+        prompt = self.prompt_of(name)
+        return tensors if prompt is None else tensors | prompt.training_tensors()
 
     # -- switching ------------------------------------------------------------------------------------------------------
 
@@ -249,16 +216,23 @@ class Tuner(nn.Module):
         """
         wanted = [names] if isinstance(names, str) else list(names)
         self._known(wanted)
+        prompted = [name for name in wanted if name in self.prompts]
+        if prompted and len(wanted) > 1:
+            raise ValueError(
+                f"set_adapter: expected {prompted[0]!r}, which has a prompt, to be active alone, got {wanted}"
+            )
         layers = [layer for _, layer in self.layers()]
         for layer in layers:
             layer.check_selection(wanted)
         for layer in layers:
             layer.set_adapter(wanted, trainable=trainable)
-        for name, biases in self._biases_of.items():
-            biases.requires_grad_(trainable and name in wanted)
+        for name, parameters in self._trained_of.items():
+            parameters.requires_grad_(trainable and name in wanted)
+        for name, prompt in self.prompts.items():
+            prompt.requires_grad_(trainable and name in wanted)
         self.active_adapters = wanted
         if not any(layer.merged for layer in layers):
-            self._put_biases(wanted)
+            self._put_trained(wanted)
 
     def adapters_per_item(self, names: Iterable[str] | None) -> AbstractContextManager:
         """Inside, item i of a batch goes through the adapter names[i], or through none where that is "__base__".
@@ -267,14 +241,15 @@ class Tuner(nn.Module):
         """
         if names is None:
             return nullcontext()
-        biased = [name for name, biases in self._biases_of.items() if biases.trained()]
-        return named_items(self.model, [layer for _, layer in self.layers()], list(names), self.peft_config, biased)
+        shared = [name for name, parameters in self._trained_of.items() if parameters.trained()]
+        whole = [*shared, *self.prompts]
+        return named_items(self.model, [layer for _, layer in self.layers()], list(names), self.peft_config, whole)
 
-    def _put_biases(self, names: Iterable[str]) -> None:
-        """Let the model hold the biases that these adapters trained, unless adapters are disabled; else the base's."""
+    def _put_trained(self, names: Iterable[str]) -> None:
+        """Let the model hold the parameters that these adapters trained, unless adapters are disabled; else the base's."""
         wanted = [] if self.disabled else list(names)
-        for name, biases in self._biases_of.items():
-            biases.put(name in wanted)
+        for name, parameters in self._trained_of.items():
+            parameters.put(name in wanted)
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]
@@ -283,16 +258,16 @@ class Tuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         self.disabled = False
-        self._put_biases(self.active_adapters)  # first: a merge that is taken up again adds to them
+        self._put_trained(self.active_adapters)  # first: a merge that is taken up again adds to them
         for _, layer in self.layers():
             layer.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
-        """Compute with the base model's own bits: no adapter, no merged weight, no trained bias."""
+        """Compute with the base model's own bits: no adapter, no merged weight, no trained parameter."""
         self.disabled = True
         for _, layer in self.layers():
             layer.enable_adapters(False)
-        self._put_biases([])
+        self._put_trained([])
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; a module whose last adapter goes stands in the model again as it was."""
@@ -302,7 +277,9 @@ class Tuner(nn.Module):
             layer.delete_adapter(name)
             if not layer.adapter_names:
                 self._replace(owners, layer, layer.get_base_layer())
-        self._biases_of.pop(name).put(False)
+        self._trained_of.pop(name).put(False)
+        if name in self.prompts:
+            del self.prompts[name]
         del self.peft_config[name]
         remaining = [active for active in self.active_adapters if active != name]
         self.set_adapter(remaining or list(self.peft_config)[:1])
@@ -311,74 +288,3 @@ class Tuner(nn.Module):
     def _replace(owners, old: nn.Module, new: nn.Module) -> None:
         for parent, attribute in owners[id(old)]:
             setattr(parent, attribute, new)
-
-    # -- merging --------------------------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the adapters (the active ones by default) to the base weights; `unmerge_adapter` restores the bits.
-
-        Raises:  ValueError with safe_merge if a value is not finite; then no module is merged
-        """
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
-        before = {layer: list(layer.merged_adapters) for _, layer in self.layers()}
-        if not any(before.values()):
-            self._put_biases(names)
-        try:
-            for layer in before:
-                layer.merge(names, safe_merge)
-        except ValueError:
-            for layer, merged in before.items():
-                layer.unmerge()
-                layer.merge(merged)
-            if not any(before.values()):
-                self._put_biases(self.active_adapters)
-            raise
-
-    def unmerge_adapter(self) -> None:
-        for _, layer in self.layers():
-            layer.unmerge()
-        self._put_biases(self.active_adapters)
-
-    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None) -> nn.Module:
-        """The plain model with the adapters merged into its weights for good; module by module, so nothing is held twice."""
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
-        if safe_merge:
-            self._check_finite(names)
-        self._put_biases(names)
-        owners = self._owners()
-        for _, layer in list(self.layers()):
-            self._replace(owners, layer, layer.bake(names))
-        self._untie()
-        return self.model
-
-    def _check_finite(self, names: list[str]) -> None:
-        for path, layer in self.layers():
-            merging = [name for name in names if name in layer.adapter_names]
-            if merging and not isinstance(layer, ModulesToSaveWrapper):
-                own = BaseParameters.of(layer.get_base_layer())
-                merged = layer.merged_tensors(merging, own.dense(), own.bias)
-                if not all(tensor is None or bool(tensor.isfinite().all()) for tensor in merged):
-                    raise ValueError(
-                        f"merge_and_unload: {path} has values that are not finite with {names}; nothing was merged"
-                    )
-
-    def _untie(self) -> None:
-        """Tell the model's config when its output embedding is not its input embedding any more."""
-        config = getattr(self.model, "config", None)
-        if not getattr(config, "tie_word_embeddings", False) or not hasattr(self.model, "get_output_embeddings"):
-            return
-        outputs, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if outputs is not None and outputs.weight is not inputs.weight:
-            config.tie_word_embeddings = False
-
-    def unload(self) -> nn.Module:
-        """The plain model as it was before any adapter."""
-        self.unmerge_adapter()
-        self._put_biases([])
-        owners = self._owners()
-        for _, layer in list(self.layers()):
-            self._replace(owners, layer, layer.get_base_layer())
-        self.peft_config, self.active_adapters, self._biases_of, self.disabled = {}, [], {}, False
-        return self.model
