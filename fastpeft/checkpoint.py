@@ -5,7 +5,8 @@ This file knows folders, a config as a dict, and tensors by name; it knows no mo
     base_model.model.<path of the module in the base model>.<parameter>       e.g. ....q_proj.lora_A.weight
 
 without the adapter's name; prompt methods have prompt_embeddings alone, and heads below base_model. What a training needs to
-go on, and the adapter does not show, is in a side file, training_state.safetensors.
+go on, and the adapter does not show, is in a side file, training_state.safetensors. Pickle files
+are refused: unpickling runs code from the file.
 """
 
 import json
