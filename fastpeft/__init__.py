@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BottleneckConfig": "fastpeft.methods.bottleneck",
+    "FusionConfig": "fastpeft.methods.fusion",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
@@ -24,6 +26,8 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BottleneckConfig",
+    "FusionConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
@@ -41,7 +45,9 @@ __all__ = [
 if TYPE_CHECKING:
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.bottleneck import BottleneckConfig
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.fusion import FusionConfig
     from fastpeft.methods.lora import LoraConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training

@@ -3,10 +3,14 @@
 METHODS maps the `peft_type` of an adapter_config.json to the config class. A new method is a file and a row here.
 """
 
+from fastpeft.methods.bottleneck import BottleneckConfig
 from fastpeft.methods.config import PeftConfig
+from fastpeft.methods.fusion import FusionConfig
 from fastpeft.methods.lora import LoraConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
+    "BOTTLENECK": BottleneckConfig,
+    "FUSION": FusionConfig,
     "LORA": LoraConfig,
 }
 
