@@ -15,6 +15,7 @@ Raises:  TypeError where the module's output is neither a tensor nor a tuple tha
 Source:  arXiv:1902.00751, arXiv:2005.00247, arXiv:2110.04366
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
 from fastpeft.layers.linear_adapter import base_product, check_adapter_name, tensor_factory
+from fastpeft.ops.widened_linear import widened_linear
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -102,6 +104,7 @@ class BottleneckAdapter(AdapterLayer):
     def __init__(self, base_layer: nn.Module, impl: str = "auto"):
         super().__init__(base_layer)
         self.impl = impl
+        self._arguments = list(inspect.signature(base_layer.forward).parameters)
         for attribute in self.adapter_attributes:
             setattr(self, attribute, nn.ModuleDict())
         self.adapter_settings: dict[str, BottleneckSettings] = {}
@@ -177,7 +180,7 @@ class BottleneckAdapter(AdapterLayer):
             return self.compute([] if self.disable_adapters else self.active_adapters, *args, **kwargs)
         from fastpeft.layers.row_adapters import names_per_item
 
-        x = _first(args, kwargs)
+        x = self._argument(0, args, kwargs)
         names = names_per_item(self, x)
         groups = []
         for name in dict.fromkeys(names):
@@ -201,7 +204,7 @@ class BottleneckAdapter(AdapterLayer):
                 f"BottleneckAdapter: expected {type(self.base_layer).__name__} to give a tensor or a tuple that begins with "
                 f"one, got {type(output).__name__}; name a module inside it"
             )
-        x = _first(args, kwargs)
+        x = self._argument(0, args, kwargs)
         for group in groups:
             h = group.put(h, self._at_output(group, x, h))
         return (h, *others) if isinstance(output, tuple) else h
@@ -211,10 +214,16 @@ class BottleneckAdapter(AdapterLayer):
         names = [name for name in group.names if self._position(name) == "residual"]
         if not names:
             return args, kwargs
-        values = [*args, *kwargs.values()]
-        r = group.of(values[1])
-        values[1] = group.put(values[1], self._with_sum(names, r, r, r).to(r.dtype))
-        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+        whole = self._argument(1, args, kwargs)
+        r = group.of(whole)
+        whole = group.put(whole, self._with_sum(names, r, r, r).to(r.dtype))
+        if len(args) > 1:
+            return (args[0], whole, *args[2:]), kwargs
+        return args, kwargs | {self._arguments[1]: whole}
+
+    def _argument(self, number: int, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The base module's argument of that number, however it is passed."""
+        return args[number] if len(args) > number else kwargs[self._arguments[number]]
 
     def _at_output(self, group: _Group, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """The output of the group's items, with what stands beside the module and after it."""
@@ -249,12 +258,12 @@ class BottleneckAdapter(AdapterLayer):
     def _bottleneck(self, name: str, v: torch.Tensor, training: bool) -> torch.Tensor:
         """s f(v)"""
         down, up, settings = self.adapter_down[name], self.adapter_up[name], self.adapter_settings[name]
-        v = v.to(down.weight.dtype)
         if name in self.adapter_norm:
-            v = self.adapter_norm[name](v)
+            v = self.adapter_norm[name](v.to(down.weight.dtype))
         if training and settings.dropout:
             v = F.dropout(v, settings.dropout)
-        added = up(NON_LINEARITIES[settings.non_linearity](down(v)))
+        z = widened_linear(v, down.weight, down.bias)
+        added = up(NON_LINEARITIES[settings.non_linearity](z))
         return added if settings.scaling == 1.0 else added * settings.scaling
 
     def _fused(self, name: str, v: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -264,8 +273,3 @@ class BottleneckAdapter(AdapterLayer):
         key = q @ self.fusion_key[name].weight  # K^T q once, not K d_n for every adapter
         p = torch.softmax((d @ key.unsqueeze(-1)).squeeze(-1), dim=-1)  # [..., adapters]
         return self.fusion_value[name]((p.unsqueeze(-2) @ d).squeeze(-2))
-
-
-def _first(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """The module's input: its first argument, however it is passed."""
-    return args[0] if args else next(iter(kwargs.values()))
