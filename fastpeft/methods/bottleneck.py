@@ -105,7 +105,7 @@ class BottleneckConfig(LayerwiseConfig):
         super().__post_init__()
         if self.placement not in PLACEMENTS:
             raise ValueError(f"BottleneckConfig: expected placement one of {PLACEMENTS}, got {self.placement!r}")
-        if self.reduction_factor <= 0:
+        if not isinstance(self.reduction_factor, (int, float)) or self.reduction_factor <= 0:
             raise ValueError(f"BottleneckConfig: expected reduction_factor > 0, got {self.reduction_factor!r}")
         size = self.bottleneck_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -154,6 +154,11 @@ class BottleneckConfig(LayerwiseConfig):
     def wrap(self, path: str, module: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> AdapterLayer:
         reads, gives = widths(path, module)
         position: Position = "after"
+        if self.placement == "parallel" and isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"BottleneckConfig: expected a module that reads numbers for placement='parallel', got the embedding {path}; "
+                "use 'pfeiffer', which acts on what it gives"
+            )
         if self.placement == "parallel":
             position = "residual" if adds_its_second_argument(module) else "beside"
         if position != "beside":

@@ -185,9 +185,12 @@ def test_any_module_may_be_named(name, placement, tmp_path):
     model = tiny_models.llama().eval()
     before = logits(model)
     targets = name if name == "all-linear" or "*" in name else [name]
-    wrapped = get_peft_model(model, BottleneckConfig(target_modules=targets, placement=placement))
+    config = BottleneckConfig(target_modules=targets, placement=placement)
     if name == "embed_tokens" and placement == "parallel":
+        with pytest.raises(ValueError, match=r"got the embedding model\.embed_tokens; use 'pfeiffer'"):
+            get_peft_model(model, config)
         return
+    wrapped = get_peft_model(model, config)
     assert_close("start", logits(wrapped), before, LOGITS_EQUAL_TO_PEFT)
     fill(wrapped)
     after = logits(wrapped)
@@ -300,9 +303,10 @@ def test_biases_are_trained_on_request(tmp_path):
     assert_bits_equal("loaded", logits(PeftModel.from_pretrained(wrapped.unload(), tmp_path)), expected)
 
 
-def test_over_nf4_the_base_is_our_product():
-    """A Linear4bit that is wrapped goes through fastpeft's product, as LoRA's does."""
-    quantized = fastpeft.quantize(tiny_models.llama(), "nf4").eval()
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_over_a_quantised_base(kind):
+    """A quantised linear that is wrapped goes through fastpeft's product, as LoRA's does."""
+    quantized = fastpeft.quantize(tiny_models.llama(), kind).eval()
     wrapped = get_peft_model(quantized, BottleneckConfig(placement="houlsby"))
     lora = get_peft_model(copy.deepcopy(wrapped).unload(), LoraConfig(target_modules=["o_proj", "down_proj"]))
     assert_bits_equal("logits", logits(wrapped), logits(lora))
