@@ -70,7 +70,8 @@ class IA3Config(TargetedConfig):
             beyond = sorted(set(self.feedforward_modules) - set(self.target_modules))
             if beyond:
                 raise ValueError(
-                    f"IA3Config: expected feedforward_modules among target_modules {sorted(self.target_modules)}, got {beyond} too"
+                    f"IA3Config: expected feedforward_modules among target_modules {sorted(self.target_modules)}, "
+                    f"got {beyond} too"
                 )
 
     def for_model(self, model: nn.Module) -> "IA3Config":

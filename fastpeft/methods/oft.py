@@ -72,7 +72,8 @@ class OFTConfig(LayerwiseConfig):
             raise ValueError(f"OFTConfig: expected eps above 0, got {self.eps}")
         if self.num_cayley_neumann_terms < 2:
             raise ValueError(
-                f"OFTConfig: expected num_cayley_neumann_terms at least 2, got {self.num_cayley_neumann_terms}; the first is no rotation"
+                f"OFTConfig: expected num_cayley_neumann_terms at least 2, got {self.num_cayley_neumann_terms}; "
+                "the first is no rotation"
             )
         self._adjusts = False  # True for an adapter file: PEFT saves the size that was asked for
 

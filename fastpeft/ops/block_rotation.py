@@ -35,11 +35,11 @@ def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     blocks = _joined(rotation.to(x.dtype), width // size)
     joined = blocks.shape[-1]
     if count == 1:
-        turned = (x.reshape(-1, joined) @ blocks[0]).view(x.shape)
-    else:
-        by_block = x.reshape(-1, width // joined, joined).transpose(0, 1)
-        turned = torch.bmm(by_block, blocks).transpose(0, 1).reshape(x.shape)
-    return x + turned if half else turned
+        rows = x.reshape(-1, joined)
+        return (torch.addmm(rows, rows, blocks[0]) if half else rows @ blocks[0]).view(x.shape)
+    rows = x.reshape(-1, width // joined, joined).transpose(0, 1)
+    turned = torch.baddbmm(rows, rows, blocks) if half else torch.bmm(rows, blocks)
+    return turned.transpose(0, 1).reshape(x.shape)
 
 
 def _joined(rotation: torch.Tensor, blocks: int) -> torch.Tensor:
