@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BOFTConfig": "fastpeft.methods.boft",
+    "BitFitConfig": "fastpeft.methods.bitfit",
+    "IA3Config": "fastpeft.methods.ia3",
+    "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "NoTargetError": "fastpeft.methods.targets",
+    "OFTConfig": "fastpeft.methods.oft",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
     "get_peft_model": "fastpeft.model",
@@ -24,10 +29,15 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BOFTConfig",
+    "BitFitConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "NoTargetError",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "__version__",
@@ -41,8 +51,13 @@ __all__ = [
 if TYPE_CHECKING:
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.bitfit import BitFitConfig
+    from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.ia3 import IA3Config
+    from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.ops.lora import lora_linear
