@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BOFTConfig": "fastpeft.methods.boft",
+    "BitFitConfig": "fastpeft.methods.bitfit",
     "BottleneckConfig": "fastpeft.methods.bottleneck",
     "FusionConfig": "fastpeft.methods.fusion",
+    "IA3Config": "fastpeft.methods.ia3",
+    "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "NoTargetError": "fastpeft.methods.targets",
+    "OFTConfig": "fastpeft.methods.oft",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
     "get_peft_model": "fastpeft.model",
@@ -26,12 +31,17 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BOFTConfig",
+    "BitFitConfig",
     "BottleneckConfig",
     "FusionConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "NoTargetError",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "__version__",
@@ -45,10 +55,15 @@ __all__ = [
 if TYPE_CHECKING:
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.bitfit import BitFitConfig
+    from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.bottleneck import BottleneckConfig
     from fastpeft.methods.config import PeftConfig
     from fastpeft.methods.fusion import FusionConfig
+    from fastpeft.methods.ia3 import IA3Config
+    from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.ops.lora import lora_linear
