@@ -1,7 +1,8 @@
 """LoRA: W stays frozen and s B A, of rank r, is learned beside it (Hu et al. 2021, arXiv:2106.09685)."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -9,9 +10,45 @@ from fastpeft.layers.adapter import AdapterLayer
 from fastpeft.layers.base_weight import is_linear_base
 from fastpeft.layers.lora import LoRALinear
 from fastpeft.layers.lora_embedding import LoRAEmbedding
+from fastpeft.layers.lora_init import InitLoraWeights, changes_base, check_init, check_loftq
 from fastpeft.layers.lora_settings import check_rank
+from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targeted import LayerwiseConfig, by_pattern
 from fastpeft.methods.targets import check_pattern
+
+
+@dataclass
+class LoftQConfig:
+    """Options of init_lora_weights="loftq"."""
+
+    loftq_bits: int = 4
+    """4 (NF4 in blocks of 64) or 8 (a scale per row)."""
+    loftq_iter: int = 1
+    """How often the weight is quantised and the remainder decomposed."""
+
+
+@dataclass
+class EvaConfig:
+    """Options of init_lora_weights="eva"; initialize_lora_eva_weights uses them."""
+
+    rho: float = 2.0
+    """A module's rank is at most rho r; the ranks' sum stays. 1 for no redistribution."""
+    tau: float = 0.99
+    """Cosine similarity of two estimates of a component at which it is taken as final."""
+    use_label_mask: bool = True
+    """Leave out tokens whose label is label_mask_value."""
+    label_mask_value: int = -100
+    """See use_label_mask."""
+    whiten: bool = False
+    """Divide a component by the square root of its singular value."""
+    adjust_scaling_factors: bool = True
+    """Let lora_alpha follow a redistributed rank, so that the scale stays."""
+
+    def __post_init__(self):
+        if not self.rho >= 1:
+            raise ValueError(f"EvaConfig: expected rho >= 1, got {self.rho!r}")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"EvaConfig: expected 0 <= tau <= 1, got {self.tau!r}")
 
 
 @dataclass
@@ -39,7 +76,8 @@ class LoraConfig(LayerwiseConfig):
     shown_elsewhere: ClassVar[frozenset[str]] = LayerwiseConfig.shown_elsewhere | {
         "lora_bias",
         "lora_dropout",
-        "init_lora_weights",
+        "init_lora_weights",  # and see differences
+        "eva_config",
     }
 
     r: int = 8
@@ -54,8 +92,13 @@ class LoraConfig(LayerwiseConfig):
     """Scale by lora_alpha / sqrt(r)."""
     use_dora: bool = False
     """Learn the lengths of the rows of W + s B A beside their direction (DoRA); linear modules only."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """True: A Kaiming-uniform, B zero; "gaussian": A normal, B zero; False: both random."""
+    init_lora_weights: InitLoraWeights = True
+    """True: A Kaiming-uniform, B zero; "gaussian": A normal, B zero; False: both random; "orthogonal"; "eva"; and with another
+    base weight: "pissa", "pissa_niter_[n]", "olora", "loftq"."""
+    loftq_config: dict[str, int] = field(default_factory=dict)
+    """loftq_bits and loftq_iter of init_lora_weights "loftq"; or a LoftQConfig."""
+    eva_config: EvaConfig | None = None
+    """Options of init_lora_weights "eva"; default: EvaConfig()."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single modules: the first key that matches the end of a path, as a regular expression, wins."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -68,16 +111,46 @@ class LoraConfig(LayerwiseConfig):
         check_rank("LoraConfig", self.r, self.lora_alpha, self.lora_dropout)
         self.rank_pattern = self._numbers_by_pattern("rank_pattern")
         self.alpha_pattern = self._numbers_by_pattern("alpha_pattern")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise NotImplementedError(
-                f"LoraConfig: expected init_lora_weights True, False or 'gaussian', got {self.init_lora_weights!r}"
-            )
-        if self.lora_bias and self.init_lora_weights == "gaussian":
+        self._check_init()
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError(
-                "LoraConfig: expected init_lora_weights True or False with lora_bias, got 'gaussian'; PEFT loads no such adapter"
+                "LoraConfig: expected init_lora_weights True or False with lora_bias, got "
+                f"{self.init_lora_weights!r}; PEFT loads no such adapter"
             )
         if self.lora_bias and self.use_dora:
             raise ValueError("LoraConfig: expected use_dora or lora_bias, got both; DoRA has no bias of its own")
+
+    def _check_init(self) -> None:
+        kind = self.init_lora_weights
+        for rank in [self.r, *self.rank_pattern.values()]:
+            check_init("LoraConfig", kind, rank)
+        options = self.loftq_config
+        if dataclasses.is_dataclass(options):
+            options = dataclasses.asdict(options)
+        self.loftq_config = dict(options or {})
+        if self.loftq_config and kind != "loftq":
+            raise ValueError(f"LoraConfig: loftq_config is for init_lora_weights='loftq', got {kind!r}; leave it out")
+        if kind == "loftq":
+            bits, turns = check_loftq("LoraConfig", self.loftq_config)
+            self.loftq_config = {"loftq_bits": bits, "loftq_iter": turns}
+        if isinstance(self.eva_config, dict):
+            self.eva_config = EvaConfig(**self.eva_config)
+        if self.eva_config is None and kind == "eva":
+            self.eva_config = EvaConfig()
+
+    def differences(self, other: PeftConfig) -> list[str]:
+        names = super().differences(other)
+        if isinstance(other, LoraConfig):
+            ours, theirs = self.init_lora_weights, other.init_lora_weights
+            if ours != theirs and (changes_base(ours) or changes_base(theirs)):
+                names.append("init_lora_weights")
+        return names
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if self.eva_config is not None:
+            values["eva_config"] = dataclasses.asdict(self.eva_config)
+        return values
 
     def _numbers_by_pattern(self, field: str) -> dict[str, Any]:
         """Ranks or alphas by regular expression. Adapter files may say null for none."""
@@ -110,7 +183,9 @@ class LoraConfig(LayerwiseConfig):
             return LoRAEmbedding(module, **options)
         if is_linear_base(module):
             options |= {"lora_dropout": self.lora_dropout, "lora_bias": self.lora_bias, "use_dora": self.use_dora}
-            return LoRALinear(module, **options)
+            layer = LoRALinear(module, loftq_config=self.loftq_config, **options)
+            layer.set_adapter([])  # until it is installed, the module holds its own weight
+            return layer
         raise ValueError(
             f"target_modules: expected nn.Linear, nn.Embedding or transformers' Conv1D, got {type(module).__name__} at {path}; "
             "name the linear modules inside it"
