@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "EvaConfig": "fastpeft.methods.lora",
+    "LoftQConfig": "fastpeft.methods.lora",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
@@ -21,11 +23,14 @@ _EXPORTS = {
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
     "quantize": "fastpeft.integrations.quantize",
+    "rescale_adapter_scale": "fastpeft.tuner.scaling",
 }
 
 __all__ = [
+    "EvaConfig",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoftQConfig",
     "LoraConfig",
     "NoTargetError",
     "PeftConfig",
@@ -36,16 +41,18 @@ __all__ = [
     "prepare_for_training",
     "prepare_model_for_kbit_training",
     "quantize",
+    "rescale_adapter_scale",
 ]
 
 if TYPE_CHECKING:
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.config import PeftConfig
-    from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.tuner.scaling import rescale_adapter_scale
 
 
 def __getattr__(name: str):

@@ -107,6 +107,13 @@ class LoRALinear(LoRALayer, LinearAdapter):
         self.freeze_base()
         self.set_adapter(adapter_name)
 
+    @property
+    def delta_is_transposed(self) -> bool:
+        return self.fan_in_fan_out
+
+    def lora_pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
     @torch.no_grad()
     def _initial_magnitude(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         squares = self.row_squares()

@@ -26,6 +26,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     adapter_attributes = ("lora_embedding_A", "lora_embedding_B")
+    delta_is_transposed = True
 
     def __init__(
         self,
@@ -49,6 +50,9 @@ class LoRAEmbedding(LoRALayer):
         self.lora_embedding_B = nn.ParameterDict({adapter_name: nn.Parameter(torch.randn(dim, r, **factory))})
         base_layer.weight.requires_grad_(False)
         self.set_adapter(adapter_name)
+
+    def lora_pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
     def compute(self, names: list[str], ids: torch.Tensor) -> torch.Tensor:
         """The base's rows, with the updates of these adapters."""

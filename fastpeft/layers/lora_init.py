@@ -108,7 +108,9 @@ def _from_weight(base_layer, a, b, kind, scale, loftq_config) -> BaseParameters:
     if kind == "loftq":
         new_a, new_b, changed = loftq(w, a.weight.shape[0], scale, *check_loftq("LoraConfig", loftq_config))
     else:
-        new_a, new_b = olora(w, a.weight.shape[0], scale) if kind == "olora" else pissa(w, a.weight.shape[0], scale, kind)
+        new_a, new_b = (
+            olora(w, a.weight.shape[0], scale) if kind == "olora" else pissa(w, a.weight.shape[0], scale, kind)
+        )
         changed = w - (scale * new_b) @ new_a
     a.weight.copy_(new_a)
     b.weight.copy_(new_b)
@@ -182,5 +184,3 @@ def round_trip(w: torch.Tensor, bits: int) -> torch.Tensor:
     single = w.to(torch.float32)
     stored = quantize_4bit(single, "nf4", blocksize=LOFTQ_BLOCKSIZE) if bits == 4 else quantize_int8(single)
     return stored.dequantize(w.dtype)
-
-

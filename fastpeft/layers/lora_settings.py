@@ -3,6 +3,7 @@
 import math
 import numbers
 
+import torch
 from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
@@ -30,6 +31,8 @@ def _is_number(value: object) -> bool:
 class LoRALayer(AdapterLayer):
     """The settings that linear and embedding share, keyed by adapter name."""
 
+    delta_is_transposed = False  # delta_weight gives (s B A)^T, as the base stores its weight
+
     settings_attributes = ("r", "lora_alpha", "scaling", "use_rslora")
 
     def __init__(self, base_layer: nn.Module, *args):
@@ -45,6 +48,10 @@ class LoRALayer(AdapterLayer):
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.use_rslora[name] = use_rslora
         self.scaling[name] = self.initial_scale(name)
+
+    def lora_pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [r, K], B [N, r]) of an adapter."""
+        raise NotImplementedError
 
     # -- the weight of an adapter's update, by PEFT's names -----------------------------------------------------------------
 
@@ -70,5 +77,7 @@ class LoRALayer(AdapterLayer):
         if not _is_number(scale) or not math.isfinite(scale):
             raise ValueError(f"set_scale: expected a finite scale for {name!r}, got {scale!r}")
         if name in self.merged_adapters:
-            raise ValueError(f"set_scale: expected an adapter that is not merged, got {name!r}; call unmerge_adapter first")
+            raise ValueError(
+                f"set_scale: expected an adapter that is not merged, got {name!r}; call unmerge_adapter first"
+            )
         self.scaling[name] = scale
