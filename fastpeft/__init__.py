@@ -18,6 +18,7 @@ _EXPORTS = {
     "NoTargetError": "fastpeft.methods.targets",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
+    "create_loraplus_optimizer": "fastpeft.training.loraplus",
     "get_peft_model": "fastpeft.model",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
@@ -36,6 +37,7 @@ __all__ = [
     "PeftConfig",
     "PeftModel",
     "__version__",
+    "create_loraplus_optimizer",
     "get_peft_model",
     "lora_linear",
     "prepare_for_training",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.training.loraplus import create_loraplus_optimizer
     from fastpeft.tuner.scaling import rescale_adapter_scale
 
 

@@ -7,7 +7,8 @@
     dare_ties       drop at random, then elect and average as ties does
 
 Shapes:  tensors alike, any; weights [number of tensors]
-Source:  Ilharco et al. 2023, arXiv:2212.04089; Yadav et al. 2023, arXiv:2306.01708 (TIES); Yu et al. 2024, arXiv:2311.03099 (DARE)
+Source:  Ilharco et al. 2023, arXiv:2212.04089; Yadav et al. 2023, arXiv:2306.01708 (TIES);
+         Yu et al. 2024, arXiv:2311.03099 (DARE)
 """
 
 from typing import Literal
