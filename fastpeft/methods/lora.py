@@ -11,10 +11,11 @@ from fastpeft.layers.base_weight import is_linear_base
 from fastpeft.layers.lora import LoRALinear
 from fastpeft.layers.lora_embedding import LoRAEmbedding
 from fastpeft.layers.lora_init import InitLoraWeights, changes_base, check_init, check_loftq
+from fastpeft.layers.lora_parameters import LoRAParameters
 from fastpeft.layers.lora_settings import check_rank
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targeted import LayerwiseConfig, by_pattern
-from fastpeft.methods.targets import check_pattern
+from fastpeft.methods.targets import base_modules, check_pattern, owners_of_parameters, parameters_named
 
 
 @dataclass
@@ -62,7 +63,6 @@ class LoraConfig(LayerwiseConfig):
     unsupported: ClassVar[dict[str, tuple]] = {
         "use_qalora": (False, None),
         "use_bdlora": (None, False),
-        "target_parameters": (None, []),
         "trainable_token_indices": (None,),
         "layer_replication": (None, []),
         "alora_invocation_tokens": (None,),
@@ -76,10 +76,14 @@ class LoraConfig(LayerwiseConfig):
     shown_elsewhere: ClassVar[frozenset[str]] = LayerwiseConfig.shown_elsewhere | {
         "lora_bias",
         "lora_dropout",
+        "target_parameters",
         "init_lora_weights",  # and see differences
         "eva_config",
     }
 
+    target_parameters: list[str] | None = None
+    """Names of parameters that a module multiplies by itself, such as "experts.gate_up_proj" of a mixture of experts: the ends of
+    paths. Without target_modules these are adapted alone. layers_to_transform and exclude_modules do not choose among them."""
     r: int = 8
     """Rank of the update."""
     lora_alpha: float = 8
@@ -112,6 +116,13 @@ class LoraConfig(LayerwiseConfig):
         self.rank_pattern = self._numbers_by_pattern("rank_pattern")
         self.alpha_pattern = self._numbers_by_pattern("alpha_pattern")
         self._check_init()
+        self.target_parameters = self._names("target_parameters") or None
+        for option in ("lora_dropout", "use_dora", "lora_bias"):
+            if self.target_parameters and getattr(self, option):
+                raise ValueError(
+                    f"LoraConfig: expected target_parameters without {option}, got {option}={getattr(self, option)!r}; the "
+                    "module multiplies by W + s B A itself"
+                )
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError(
                 "LoraConfig: expected init_lora_weights True or False with lora_bias, got "
@@ -164,15 +175,45 @@ class LoraConfig(LayerwiseConfig):
             check_rank(where, rank, alpha, self.lora_dropout)
         return values
 
+    def target_paths(self, model: nn.Module, *, strict: bool = True) -> list[str]:
+        if not self.target_parameters:
+            return super().target_paths(model, strict=strict)
+        owners = owners_of_parameters(model, self.target_parameters, strict=strict)
+        paths = super().target_paths(model, strict=strict) if self.target_modules else []
+        both = sorted(set(owners) & set(paths))
+        if both:
+            raise ValueError(f"target_parameters: {both} are in target_modules too; name them once")
+        return [path for path in dict(base_modules(model)) if path in owners or path in paths]
+
+    def resolved(self, model: nn.Module, paths: list[str]) -> "LoraConfig":
+        if not self.target_parameters:
+            return super().resolved(model, paths)
+        owners = owners_of_parameters(model, self.target_parameters, strict=False)
+        paths = [path for path in paths if path not in owners]
+        config = self if paths else dataclasses.replace(self, target_modules=[])
+        return super(LoraConfig, config).resolved(model, paths)
+
+    def _wrap_parameters(self, path: str, module: nn.Module, names: list[str], options: dict[str, Any]) -> AdapterLayer:
+        ranks = {
+            name: tuple(
+                by_pattern(patterns, f"{path}.{name}", default)
+                for patterns, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha))
+            )
+            for name in names
+        }
+        return LoRAParameters(module, ranks, **options)
+
     def wrap(self, path: str, module: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> AdapterLayer:
         options: dict[str, Any] = {
-            "r": by_pattern(self.rank_pattern, path, self.r),
-            "lora_alpha": by_pattern(self.alpha_pattern, path, self.lora_alpha),
             "adapter_name": adapter_name,
             "use_rslora": self.use_rslora,
             "init_lora_weights": self.init_lora_weights,
             "autocast_adapter_dtype": autocast_adapter_dtype,
         }
+        if self.target_parameters and (names := parameters_named(path, module, self.target_parameters)):
+            return self._wrap_parameters(path, module, names, options)
+        options["r"] = by_pattern(self.rank_pattern, path, self.r)
+        options["lora_alpha"] = by_pattern(self.alpha_pattern, path, self.lora_alpha)
         if isinstance(module, nn.Embedding):
             if self.lora_bias:
                 raise ValueError(f"LoraConfig: lora_bias is for linear modules, got the embedding {path}; leave it out")

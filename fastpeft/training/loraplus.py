@@ -74,7 +74,7 @@ def create_loraplus_optimizer(
 
 
 def _kind(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    """"embedding", "b" or "a" for a parameter's name such as ....q_proj.lora_B.default.weight."""
+    """ "embedding", "b" or "a" for a parameter's name such as ....q_proj.lora_B.default.weight."""
     owner = name.split(".")[:-2]  # a LoRA on an embedding holds its tensors in dictionaries by adapter name
     if owner and isinstance(model.get_submodule(".".join(owner)), LoRAEmbedding):
         return "embedding"

@@ -76,7 +76,9 @@ class Trainer(transformers.Trainer):
         trained = self.model if model is None else model
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
         if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or "params" in options:
-            raise ValueError(f"loraplus: expected an optimizer that takes parameter groups, got optim={self.args.optim}")
+            raise ValueError(
+                f"loraplus: expected an optimizer that takes parameter groups, got optim={self.args.optim}"
+            )
         self.optimizer = create_loraplus_optimizer(
             trained, kind, loraplus_weight_decay=self.args.weight_decay, **options | self.loraplus
         )

@@ -61,7 +61,9 @@ def test_the_trainer_uses_it(tmp_path):
     )
     trainer = Trainer(tiny_models.trained(), arguments, loraplus=config.loraplus())
     trainer.create_optimizer_and_scheduler(10)
-    found = [(group["initial_lr"], group["weight_decay"], len(group["params"])) for group in trainer.optimizer.param_groups]
+    found = [
+        (group["initial_lr"], group["weight_decay"], len(group["params"])) for group in trainer.optimizer.param_groups
+    ]
     assert found == [(1e-3, 0.25, 2), (1e-6, 0.25, 0), (8e-3, 0.25, 2), (8e-3, 0.0, 0)]
     for _ in range(5):
         trainer.optimizer.step()
