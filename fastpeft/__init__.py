@@ -24,6 +24,7 @@ _EXPORTS = {
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
     "quantize": "fastpeft.integrations.quantize",
+    "replace_lora_weights_loftq": "fastpeft.integrations.loftq",
     "rescale_adapter_scale": "fastpeft.tuner.scaling",
 }
 
@@ -43,10 +44,12 @@ __all__ = [
     "prepare_for_training",
     "prepare_model_for_kbit_training",
     "quantize",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
 ]
 
 if TYPE_CHECKING:
+    from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.config import PeftConfig
