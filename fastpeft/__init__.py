@@ -20,6 +20,7 @@ _EXPORTS = {
     "PeftModel": "fastpeft.model",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
     "get_peft_model": "fastpeft.model",
+    "initialize_lora_eva_weights": "fastpeft.model.eva",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "create_loraplus_optimizer",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "lora_linear",
     "prepare_for_training",
     "prepare_model_for_kbit_training",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
+    from fastpeft.model.eva import initialize_lora_eva_weights
     from fastpeft.ops.lora import lora_linear
     from fastpeft.training.loraplus import create_loraplus_optimizer
     from fastpeft.tuner.scaling import rescale_adapter_scale

@@ -47,7 +47,9 @@ def replace_lora_weights_loftq(
         raise ValueError(f"{WHERE}: expected quantised modules with the adapter {adapter_name!r}, got none")
     for path, layer in layers.items():
         if adapter_name in layer.lora_magnitude_vector or adapter_name in layer.merged_adapters:
-            raise ValueError(f"{WHERE}: expected an adapter without DoRA that is not merged, got {adapter_name!r} at {path}")
+            raise ValueError(
+                f"{WHERE}: expected an adapter without DoRA that is not merged, got {adapter_name!r} at {path}"
+            )
         if not layer.scaling[adapter_name] > 0:
             raise ValueError(f"{WHERE}: expected a scale above 0, got {layer.scaling[adapter_name]} at {path}")
     full = _FullWeights(peft_model.get_base_model(), model_path)
@@ -83,7 +85,9 @@ class _FullWeights:
         names = [key, key.removeprefix(f"{self.prefix}."), f"{self.prefix}.{key}"]
         found = next((name for name in names if name in self.files), None)
         if found is None:
-            raise ValueError(f"{WHERE}: expected {key} in the full weights, got none; they have {sorted(self.files)[:4]}, ...")
+            raise ValueError(
+                f"{WHERE}: expected {key} in the full weights, got none; they have {sorted(self.files)[:4]}, ..."
+            )
         return found
 
     def shape(self, path: str) -> tuple[int, ...]:
@@ -103,7 +107,9 @@ class _FullWeights:
     def _module_weight(self, path: str) -> torch.Tensor:
         module = dict(self.model.named_modules()).get(path)
         if module is None or is_quantized(module) or getattr(module, "weight", None) is None:
-            raise ValueError(f"{WHERE}: expected a full weight of {path} in the full model, got {type(module).__name__}")
+            raise ValueError(
+                f"{WHERE}: expected a full weight of {path} in the full model, got {type(module).__name__}"
+            )
         return module.weight.detach()
 
 
@@ -119,7 +125,9 @@ def _folder(model: nn.Module) -> Path:
 
         return Path(snapshot_download(name, local_files_only=True))
     except (ImportError, OSError, ValueError) as error:
-        raise FileNotFoundError(f"{WHERE}: expected the files of {name} on this machine, got none; give model_path") from error
+        raise FileNotFoundError(
+            f"{WHERE}: expected the files of {name} on this machine, got none; give model_path"
+        ) from error
 
 
 def _files(source: Path) -> dict[str, Path]:

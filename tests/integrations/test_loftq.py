@@ -23,7 +23,9 @@ def full():
 
 def quantized(full, kind="nf4", **options):
     base = fastpeft.quantize(copy.deepcopy(full), kind, compute_dtype=torch.float32)
-    return get_peft_model(base, LoraConfig(**{"r": R, "lora_alpha": R, "target_modules": "all-linear"} | options)).eval()
+    return get_peft_model(
+        base, LoraConfig(**{"r": R, "lora_alpha": R, "target_modules": "all-linear"} | options)
+    ).eval()
 
 
 def layers(wrapped):
