@@ -12,10 +12,15 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "EvaConfig": "fastpeft.methods.lora",
     "LoftQConfig": "fastpeft.methods.lora",
+    "BOFTConfig": "fastpeft.methods.boft",
+    "BitFitConfig": "fastpeft.methods.bitfit",
+    "IA3Config": "fastpeft.methods.ia3",
+    "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "NoTargetError": "fastpeft.methods.targets",
+    "OFTConfig": "fastpeft.methods.oft",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
@@ -30,12 +35,17 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BOFTConfig",
+    "BitFitConfig",
     "EvaConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoftQConfig",
     "LoraConfig",
     "NoTargetError",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "__version__",
@@ -54,8 +64,13 @@ if TYPE_CHECKING:
     from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.bitfit import BitFitConfig
+    from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.ia3 import IA3Config
+    from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+    from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.model.eva import initialize_lora_eva_weights

@@ -216,7 +216,7 @@ class _Run:
             data = rows.contiguous().view(torch.uint8).cpu().numpy().tobytes()
             prints[path] = hashlib.sha256(data).hexdigest()
 
-        self._pass(batch, {path: look for path in self.layers})
+        self._pass(batch, dict.fromkeys(self.layers, look))
         unused = [path for path in self.layers if path not in prints]
         if unused:
             raise ValueError(f"{WHERE}: expected a batch that runs every module, got one that does not run {unused[0]}")

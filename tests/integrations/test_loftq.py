@@ -101,11 +101,11 @@ def test_refused_with_the_adapter_unchanged(full, tmp_path):
         replace_lora_weights_loftq(get_peft_model(copy.deepcopy(full), LoraConfig()), full)
     with pytest.raises(ValueError, match="'other'"):
         replace_lora_weights_loftq(wrapped, full, adapter_name="other")
-    with pytest.raises(ValueError, match="q_proj.weight"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight"):
         replace_lora_weights_loftq(wrapped, tiny_models.small_llama())
     with pytest.raises(ValueError, match="full weight"):
         replace_lora_weights_loftq(wrapped, fastpeft.quantize(copy.deepcopy(full), "nf4"))
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         replace_lora_weights_loftq(wrapped, tmp_path)
     with pytest.raises(ValueError, match="model_path"):
         replace_lora_weights_loftq(wrapped)
