@@ -238,3 +238,60 @@ def test_gradients_reach_a_and_b_alone():
     tiny_models.loss(wrapped).backward()
     with_gradient = {key for key, parameter in wrapped.named_parameters() if parameter.grad is not None}
     assert with_gradient == {key for key, _ in wrapped.named_parameters() if "lora_" in key}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_olora_over_a_quantised_base(kind):
+    """The residual is quantised as the base was; off, merged and gone, the base's own bytes are back."""
+    base = fastpeft.quantize(fresh(), kind, compute_dtype=torch.float32)
+    own = bits(base)
+    wrapped = started("olora", base)
+    with wrapped.disable_adapter():
+        expected = logits(wrapped)
+    moved(wrapped)
+    acting = logits(wrapped)
+    assert not torch.equal(acting, expected)
+    wrapped.merge_adapter()
+    with wrapped.disable_adapter():
+        assert_bits_equal("off", logits(wrapped), expected)
+    wrapped.unmerge_adapter()
+    assert_bits_equal("again", logits(wrapped), acting)
+    wrapped.add_adapter("second", LoraConfig(**TARGETS))
+    wrapped.set_adapter("second")
+    assert_bits_equal("a fresh one", logits(wrapped), expected)
+    plain = wrapped.unload()
+    for key, tensor in bits(plain).items():
+        assert_bits_equal(key, tensor, own[key])
+
+
+def test_olora_over_nf4_is_peft_s(tmp_path):
+    """PEFT quantises the same residual with the same settings, so files fit there too.
+
+    On rows of whole blocks, without nested scales: bitsandbytes' CPU code rounds or reads those in ways of its own.
+    """
+
+    def quantized():
+        torch.manual_seed(0)
+        model = tiny_models.llama(intermediate_size=128, num_hidden_layers=1)
+        return fastpeft.quantize(model, "nf4", compute_dtype=torch.float32, double_quant=False)
+
+    wrapped = started("olora", quantized())
+    moved(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(
+        quantized(), tmp_path
+    ).train()  # in eval mode bitsandbytes repacks the bytes
+    assert_close("logits", logits(theirs), logits(wrapped), LOGITS_EQUAL_TO_PEFT)
+
+
+def test_a_copy_and_a_move_take_everything_along():
+    wrapped = trained("pissa")
+    twin = copy.deepcopy(wrapped)
+    assert_bits_equal("copy", logits(twin), logits(wrapped))
+    twin.to(torch.float64)
+    with twin.disable_adapter():
+        assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
+        assert_close("base", logits(twin).float(), logits(fresh().eval()), LOGITS_EQUAL_TO_PEFT)
+    twin.delete_adapter("default")
+    assert wrapped.active_adapters == ["default"]
+    assert_bits_equal("the first", logits(wrapped), logits(trained("pissa")))
