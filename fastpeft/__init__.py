@@ -13,46 +13,59 @@ _EXPORTS = {
     "BOFTConfig": "fastpeft.methods.boft",
     "BitFitConfig": "fastpeft.methods.bitfit",
     "BottleneckConfig": "fastpeft.methods.bottleneck",
+    "EvaConfig": "fastpeft.methods.lora",
     "FusionConfig": "fastpeft.methods.fusion",
     "IA3Config": "fastpeft.methods.ia3",
     "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
+    "LoftQConfig": "fastpeft.methods.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
+    "create_loraplus_optimizer": "fastpeft.training.loraplus",
     "get_peft_model": "fastpeft.model",
+    "initialize_lora_eva_weights": "fastpeft.model.eva",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
     "quantize": "fastpeft.integrations.quantize",
+    "replace_lora_weights_loftq": "fastpeft.integrations.loftq",
+    "rescale_adapter_scale": "fastpeft.tuner.scaling",
 }
 
 __all__ = [
     "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "EvaConfig",
     "FusionConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoftQConfig",
     "LoraConfig",
     "NoTargetError",
     "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "__version__",
+    "create_loraplus_optimizer",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "lora_linear",
     "prepare_for_training",
     "prepare_model_for_kbit_training",
     "quantize",
+    "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
 ]
 
 if TYPE_CHECKING:
+    from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.bitfit import BitFitConfig
@@ -62,11 +75,14 @@ if TYPE_CHECKING:
     from fastpeft.methods.fusion import FusionConfig
     from fastpeft.methods.ia3 import IA3Config
     from fastpeft.methods.layernorm_tuning import LNTuningConfig
-    from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
     from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
+    from fastpeft.model.eva import initialize_lora_eva_weights
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.training.loraplus import create_loraplus_optimizer
+    from fastpeft.tuner.scaling import rescale_adapter_scale
 
 
 def __getattr__(name: str):

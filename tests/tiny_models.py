@@ -83,6 +83,35 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
+_EXPERTS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixtral():
+    """Its experts' weights are [E, N, K] in one parameter, and its router's weight is a bare [E, K]."""
+    config = transformers.MixtralConfig(**_EXPERTS, intermediate_size=24, num_local_experts=3)
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen3_moe():
+    config = transformers.Qwen3MoeConfig(
+        **_EXPERTS, intermediate_size=24, moe_intermediate_size=20, num_experts=4, head_dim=16, decoder_sparse_step=1
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss():
+    """Its experts' weights are stored [E, K, N], and have biases."""
+    config = transformers.GptOssConfig(**_EXPERTS, intermediate_size=24, num_local_experts=3, head_dim=16)
+    return transformers.GptOssForCausalLM(config)
+
+
 def token_ids(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
     return torch.arange(rows * length).reshape(rows, length) * 7 % VOCABULARY
 

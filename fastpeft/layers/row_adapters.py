@@ -94,7 +94,8 @@ def named_items(
         raise ValueError(f"adapter_names: expected {sorted(known)} or {BASE!r}, got {unknown}")
     if set(names) & set(biased):
         raise NotImplementedError(
-            f"adapter_names: expected adapters without trained biases, got {sorted(set(names) & set(biased))}"
+            f"adapter_names: expected adapters that leave the base as it is, got {sorted(set(names) & set(biased))}, which "
+            "trained biases, have a prompt, or changed base weights; run each by itself"
         )
     if torch.is_grad_enabled() and model.training and recomputes_layers(model):
         raise NotImplementedError(

@@ -184,6 +184,40 @@ def paths_of_saved_modules(model: nn.Module, names: Iterable[str], optional: Ite
     return [path for path, _ in _unique((p, m) for p, m in modules if any(names_module(n, p) for n in names))]
 
 
+def parameters_named(path: str, module: nn.Module, names: Iterable[str]) -> list[str]:
+    """The module's own parameters that target_parameters mean, such as "experts.gate_up_proj", in the module's order."""
+    names = list(names)
+    return [
+        parameter
+        for parameter, _ in module.named_parameters(recurse=False)
+        if any(names_module(name, f"{path}.{parameter}") for name in names)
+    ]
+
+
+def owners_of_parameters(model: nn.Module, names: Iterable[str], *, strict: bool = True) -> list[str]:
+    """Paths of the modules that hold the parameters named by target_parameters.
+
+    Raises:  NoTargetError if a name matches nothing (strict), or all together match nothing
+    """
+    modules, names = list(base_modules(model)), list(names)
+    found = {
+        name: [path for path, module in _unique(modules) if parameters_named(path, module, [name])] for name in names
+    }
+    missing = [name for name, paths in found.items() if not paths]
+    if missing and (strict or len(missing) == len(names)):
+        held = dict.fromkeys(
+            f"{path.rpartition('.')[2]}.{name}"
+            for path, module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        )
+        raise NoTargetError(
+            f"target_parameters: no parameter is named {_shown(missing)}; parameters with three dimensions are {list(held)}"
+        )
+    wanted = {path for paths in found.values() for path in paths}
+    return [path for path, _ in _unique(modules) if path in wanted]
+
+
 def names_peft_agrees_on(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The same modules_to_save for PEFT, which compares with a bare endswith: a name that would take more there becomes paths."""
     every = [path for path, _ in base_modules(model) if path]

@@ -122,6 +122,10 @@ class TrainConfig(DataConfig):
     """Optimizer steps; if positive, instead of num_train_epochs."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of LoRA's B over A's (LoRA+); default: one rate for both. 16 is a common choice, with a smaller rate."""
+    loraplus_lr_embedding: float = 1e-6
+    """Learning rate of LoRA on embeddings with loraplus_lr_ratio."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.06
@@ -194,7 +198,9 @@ class TrainConfig(DataConfig):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("weight_decay", "max_grad_norm", "examples", "seed"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        for name in ("learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, "more than 0", value)
         _check(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", "0 <= ratio <= 1", self.warmup_ratio)
         _check(
             self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "more than 0", self.num_train_epochs
@@ -210,6 +216,13 @@ class TrainConfig(DataConfig):
     def peft_config(self, task: str) -> LoraConfig:
         """The adapter's config with the task type filled in: it decides which head is trained and saved."""
         return dataclasses.replace(self.peft, task_type=self.peft.task_type or TASK_TYPES[task])
+
+    def loraplus(self) -> dict[str, float] | None:
+        """LoRA+'s rates, or None where A and B learn alike."""
+        if self.loraplus_lr_ratio is None:
+            return None
+        names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
+        return {name: getattr(self, name) for name in names}
 
     def base_options(self) -> BaseOptions:
         """How the base model is held."""

@@ -4,6 +4,7 @@ An adapter is built beside the model first (`prepare`) and only then installed, 
 module or a checkpoint of another model is found before anything has changed.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,11 @@ from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import adapter_layers, base_modules, is_inside, paths_of_saved_modules
 from fastpeft.tuner.injection import Injection, disk_tensors
 from fastpeft.tuner.trained_parameters import TrainedParameters
+
+
+def _restore_flags(requires_grad: dict[nn.Parameter, bool]) -> None:
+    for parameter, flag in requires_grad.items():
+        parameter.requires_grad_(flag)
 
 
 class Adapters(nn.Module):
@@ -92,7 +98,10 @@ class Adapters(nn.Module):
             )
         config = config.for_model(self.model)
         requires_grad = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(_restore_flags, requires_grad)
+            for _, layer in self.layers():  # what is read off a weight is read off the base's own
+                stack.enter_context(layer.own_parameters_in_place())
             paths = config.target_paths(self.model, strict=strict)
             modules = dict(base_modules(self.model))
             layers = {path: config.wrap(path, modules[path], name, autocast_adapter_dtype) for path in paths}
@@ -103,9 +112,6 @@ class Adapters(nn.Module):
             self._check_trained(name, config, parameters)
             prompt = config.make_prompt(self.model, autocast_adapter_dtype)
             return Injection(name, config.resolved(self.model, paths), layers, parameters, prompt)
-        finally:
-            for parameter, flag in requires_grad.items():
-                parameter.requires_grad_(flag)
 
     def _copies(self, name, config, modules, strict, saved_paths) -> dict[str, AdapterLayer]:
         """A trained copy of every module to save. One memo for all: weights that are tied stay tied among the copies."""
@@ -270,7 +276,8 @@ class Adapters(nn.Module):
         if names is None:
             return nullcontext()
         shared = [name for name, parameters in self._trained_of.items() if parameters.trained()]
-        whole = [*shared, *self.prompts]
+        started = [name for _, layer in self.layers() for name in layer.started_from]
+        whole = [*shared, *self.prompts, *dict.fromkeys(started)]
         return named_items(self.model, [layer for _, layer in self.layers()], list(names), self.peft_config, whole)
 
     def _put_trained(self, names: Iterable[str]) -> None:
