@@ -10,42 +10,113 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AutoPeftModel": "fastpeft.integrations.auto",
+    "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
+    "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",
+    "AutoPeftModelForQuestionAnswering": "fastpeft.integrations.auto",
+    "AutoPeftModelForSeq2SeqLM": "fastpeft.integrations.auto",
+    "AutoPeftModelForSequenceClassification": "fastpeft.integrations.auto",
+    "AutoPeftModelForTokenClassification": "fastpeft.integrations.auto",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
     "NoTargetError": "fastpeft.methods.targets",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
+    "PeftModelForCausalLM": "fastpeft.model.tasks",
+    "PeftModelForFeatureExtraction": "fastpeft.model.tasks",
+    "PeftModelForQuestionAnswering": "fastpeft.model.tasks",
+    "PeftModelForSeq2SeqLM": "fastpeft.model.tasks",
+    "PeftModelForSequenceClassification": "fastpeft.model.tasks",
+    "PeftModelForTokenClassification": "fastpeft.model.tasks",
+    "PeftType": "fastpeft.methods.kinds",
+    "TaskType": "fastpeft.methods.kinds",
+    "finetune": "fastpeft.training.finetune",
+    "get_layer_status": "fastpeft.model.status",
+    "get_model_status": "fastpeft.model.status",
+    "get_peft_config": "fastpeft.methods.by_name",
     "get_peft_model": "fastpeft.model",
+    "get_peft_model_state_dict": "fastpeft.model.plain",
+    "inject_adapter_in_model": "fastpeft.model.plain",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
     "quantize": "fastpeft.integrations.quantize",
+    "register_method": "fastpeft.methods.by_name",
+    "set_peft_model_state_dict": "fastpeft.model.plain",
 }
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "NoTargetError",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
     "__version__",
+    "finetune",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "lora_linear",
     "prepare_for_training",
     "prepare_model_for_kbit_training",
     "quantize",
+    "register_method",
+    "set_peft_model_state_dict",
 ]
 
 if TYPE_CHECKING:
+    from fastpeft.integrations.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.by_name import get_peft_config, register_method
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.kinds import PeftType, TaskType
     from fastpeft.methods.lora import LoraConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
+    from fastpeft.model.plain import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from fastpeft.model.status import get_layer_status, get_model_status
+    from fastpeft.model.tasks import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.training.finetune import finetune
 
 
 def __getattr__(name: str):
