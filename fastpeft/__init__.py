@@ -48,6 +48,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -58,7 +59,6 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "NoTargetError",
     "PeftConfig",
     "PeftModel",

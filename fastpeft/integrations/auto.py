@@ -35,9 +35,13 @@ class AutoPeftModel:
         folder = adapter_folder(source)
         config = config_from_dict(read_config(folder))
         if cls.task_type and config.task_type not in (None, cls.task_type):
-            raise ValueError(f"{cls.__name__}: expected an adapter with task_type {cls.task_type}, got {config.task_type} in {source}")
+            raise ValueError(
+                f"{cls.__name__}: expected an adapter with task_type {cls.task_type}, got {config.task_type} in {source}"
+            )
         if not config.base_model_name_or_path:
-            raise ValueError(f"{cls.__name__}: {source} does not name its base model; load that and use PeftModel.from_pretrained")
+            raise ValueError(
+                f"{cls.__name__}: {source} does not name its base model; load that and use PeftModel.from_pretrained"
+            )
         revision = {"revision": config.revision} if config.revision else {}
         auto_class = transformers_class(cls.task_type or config.task_type)
         base = auto_class.from_pretrained(config.base_model_name_or_path, **revision | kwargs)

@@ -47,7 +47,9 @@ NAMES: dict[str, NamedMethod] = {
 
 def method_names() -> list[str]:
     """Every name that `named_method` knows."""
-    return sorted([*(kind.lower() for kind in METHODS), *(name for name, row in NAMES.items() if row.peft_type in METHODS)])
+    return sorted(
+        [*(kind.lower() for kind in METHODS), *(name for name, row in NAMES.items() if row.peft_type in METHODS)]
+    )
 
 
 def named_method(name: str) -> NamedMethod:
@@ -67,7 +69,9 @@ def get_peft_config(method: str | Mapping[str, Any], **options: Any) -> PeftConf
     if isinstance(method, Mapping):
         return _from_mapping({**method, **options})
     named = named_method(method)
-    check_fields(f"get_peft_config({method!r})", options, [item.name for item in dataclasses.fields(named.config_class)])
+    check_fields(
+        f"get_peft_config({method!r})", options, [item.name for item in dataclasses.fields(named.config_class)]
+    )
     return named.config_class(**{**named.options, **options})
 
 
@@ -94,7 +98,7 @@ def check_fields(where: str, names: Iterable[str], fields: Iterable[str]) -> Non
 
 
 def near_matches(names: Iterable[str], known: Iterable[str]) -> str:
-    """"; did you mean a -> ['b']?", or nothing where no name is near."""
+    """ "; did you mean a -> ['b']?", or nothing where no name is near."""
     known = list(known)
     near = {name: difflib.get_close_matches(name, known, n=3) for name in names}
     hints = ", ".join(f"{name} -> {found}" for name, found in near.items() if found)
@@ -113,7 +117,9 @@ def register_method(config_class: type[PeftConfig]) -> type[PeftConfig]:
         raise TypeError(f"{where}: expected a dataclass, got {config_class.__name__}; put @dataclass above it")
     kind = config_class.peft_type
     if not kind or kind != kind.upper():
-        raise ValueError(f"{where}: expected {config_class.__name__}.peft_type in capitals, such as 'MINE', got {kind!r}")
+        raise ValueError(
+            f"{where}: expected {config_class.__name__}.peft_type in capitals, such as 'MINE', got {kind!r}"
+        )
     owner = METHODS.get(kind)
     if owner not in (None, config_class) or kind.lower() in NAMES:
         taken = owner.__name__ if owner else f"the name {kind.lower()!r}"

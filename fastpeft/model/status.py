@@ -83,7 +83,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         enabled=_one(layer.enabled for layer in layers) if layers else not tuner.disabled,
         active_adapters=list(tuner.active_adapters),
         merged_adapters=_merged(layers),
-        requires_grad={name: _one(row.requires_grad[name] for row in rows) for name, rows in by_adapter.items() if rows},
+        requires_grad={
+            name: _one(row.requires_grad[name] for row in rows) for name, rows in by_adapter.items() if rows
+        },
         available_adapters=adapters,
         devices={name: sorted({d for row in rows for d in row.devices[name]}) for name, rows in by_adapter.items()},
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.lora import LoraConfig
 from fastpeft.training.record import TASKS
 from fastpeft.training.text_format import TextFormat
@@ -71,10 +72,16 @@ class DataConfig:
         roles = ("text", "text_pair", "label", "prompt", "response", "messages")
         return {role: getattr(self, f"{role}_column") for role in roles}
 
-    def text_format(self, longest: int | None) -> TextFormat:
-        """How text becomes tokens for a model with `longest` positions (None: no bound)."""
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions (None: no bound), `taken` of them by a prompt."""
+        if longest is not None and taken >= longest:
+            raise ValueError(f"num_virtual_tokens: expected less than the model's {longest} positions, got {taken}")
+        longest = longest and longest - taken
         if self.max_length is not None and longest is not None and self.max_length > longest:
-            raise ValueError(f"max_length: expected at most the model's {longest} positions, got {self.max_length}")
+            raise ValueError(
+                f"max_length: expected at most the model's {longest} positions{f' beside {taken} of the prompt' if taken else ''}, "
+                f"got {self.max_length}"
+            )
         default = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)
 
@@ -113,15 +120,15 @@ class TrainConfig(DataConfig):
     """What is learned; default: classification if there is a label column, else causal_lm."""
     labels: tuple[str, ...] = ()
     """Names of the classes in index order; default: found in the training rows."""
-    peft: LoraConfig = field(default_factory=LoraConfig)
-    """The adapter."""
+    peft: PeftConfig = field(default_factory=LoraConfig)
+    """The adapter: the config of any method."""
 
     num_train_epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int = -1
     """Optimizer steps; if positive, instead of num_train_epochs."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; default: what suits the method and the model's size (fastpeft.training.guidance)."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.06
@@ -194,7 +201,8 @@ class TrainConfig(DataConfig):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("weight_decay", "max_grad_norm", "examples", "seed"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        rate = self.learning_rate
+        _check(rate is None or rate > 0, "learning_rate", "more than 0, or none", rate)
         _check(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", "0 <= ratio <= 1", self.warmup_ratio)
         _check(
             self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "more than 0", self.num_train_epochs
@@ -207,7 +215,7 @@ class TrainConfig(DataConfig):
         _check(name in METRICS[task], "metric_for_best_model", f"one of {METRICS[task]} for {task}", name)
         return name
 
-    def peft_config(self, task: str) -> LoraConfig:
+    def peft_config(self, task: str) -> PeftConfig:
         """The adapter's config with the task type filled in: it decides which head is trained and saved."""
         return dataclasses.replace(self.peft, task_type=self.peft.task_type or TASK_TYPES[task])
 
@@ -217,9 +225,13 @@ class TrainConfig(DataConfig):
             quantization=self.quantization, double_quant=self.double_quant, dtype=self.dtype, bf16=self.bf16
         )
 
+    def virtual_tokens(self) -> int:
+        """Positions that a prompt method takes of the model's."""
+        return getattr(self.peft, "num_virtual_tokens", None) or 0
+
     def to_dict(self) -> dict[str, Any]:
         """Every option as plain values; the adapter's under "peft"."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"peft": self.peft.to_dict()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
