@@ -6,7 +6,13 @@ import torch
 import transformers as hf
 
 VOCABULARY = 97
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SHORT = {"max_position_embeddings": 32}
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {**SIZES, **SHORT, **ENDS, "num_key_value_heads": 2}
@@ -69,23 +75,43 @@ ARCHITECTURES: dict[str, Callable] = {
     "mpnet": encoder("MPNetConfig", pad_token_id=1),
     "modernbert": encoder("ModernBertConfig", global_attn_every_n_layers=2, **ENDS),
     "distilbert": classifier(
-        "DistilBertConfig", vocab_size=VOCABULARY, dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=32
+        "DistilBertConfig",
+        vocab_size=VOCABULARY,
+        dim=64,
+        hidden_dim=128,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=32,
     ),
     "gpt2": gpt("GPT2Config"),
     "gptj": gpt("GPTJConfig", rotary_dim=8),
     "codegen": gpt("CodeGenConfig", rotary_dim=8, n_ctx=32),
     "gpt_bigcode": gpt("GPTBigCodeConfig"),
     "gpt_neo": decoder(
-        "GPTNeoConfig", vocab_size=VOCABULARY, hidden_size=64, num_layers=2, num_heads=4, max_position_embeddings=32,
-        attention_types=[[["global", "local"], 1]], window_size=8, **ENDS,
+        "GPTNeoConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        max_position_embeddings=32,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        **ENDS,
     ),  # fmt: skip
     "gpt_neox": decoder("GPTNeoXConfig", **SIZES, **SHORT, **ENDS),
     "bloom": decoder("BloomConfig", vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, **ENDS),
     "falcon": decoder("FalconConfig", **SIZES, **ENDS, alibi=False),
     "mpt": decoder("MptConfig", vocab_size=VOCABULARY, d_model=64, n_heads=4, n_layers=2, max_seq_len=32),
     "opt": decoder(
-        "OPTConfig", vocab_size=VOCABULARY, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=64, max_position_embeddings=32, **ENDS,
+        "OPTConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=32,
+        **ENDS,
     ),  # fmt: skip
     "llama": decoder("LlamaConfig", **GROUPED),
     "llama4_text": decoder(
@@ -95,7 +121,9 @@ ARCHITECTURES: dict[str, Callable] = {
     "mixtral": decoder("MixtralConfig", **GROUPED, num_local_experts=2),
     "qwen2": decoder("Qwen2Config", **GROUPED),
     "qwen3": decoder("Qwen3Config", **GROUPED, head_dim=16),
-    "qwen3_moe": decoder("Qwen3MoeConfig", **GROUPED, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32),
+    "qwen3_moe": decoder(
+        "Qwen3MoeConfig", **GROUPED, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32
+    ),
     "gemma": decoder("GemmaConfig", **GROUPED, head_dim=16),
     "gemma2": decoder("Gemma2Config", **GROUPED, head_dim=16),
     "gemma3_text": decoder("Gemma3TextConfig", **GROUPED, head_dim=16),

@@ -76,13 +76,15 @@ def get_peft_config(method: str | Mapping[str, Any], **options: Any) -> PeftConf
 
 
 def _from_mapping(values: dict[str, Any]) -> PeftConfig:
-    """PEFT writes fields of other methods and versions as null, false or empty: those mean "not used"."""
+    """PEFT writes fields of other methods and versions as null, false or empty: those mean "not used". What a file of PEFT has
+    beside the fields here is PEFT's own (config_from_dict refuses what changes the function); elsewhere it is a typing error.
+    """
     kind = values.get("peft_type")
     values["peft_type"] = getattr(kind, "value", kind)
-    if values["peft_type"] in METHODS:
+    if values["peft_type"] in METHODS and "peft_version" not in values:
         config_class = METHODS[values["peft_type"]]
         fields = [item.name for item in dataclasses.fields(config_class)]
-        known = {*fields, *config_class.unsupported, "peft_type", "peft_version", "auto_mapping"}
+        known = {*fields, *config_class.unsupported, "peft_type", "auto_mapping"}
         used = {key for key, value in values.items() if key not in known and value not in (None, False, [], {})}
         check_fields("get_peft_config", sorted(used), fields)
     return config_from_dict(values)

@@ -25,8 +25,8 @@ BIAS_CHOICES = ("none", "all", "lora_only")
 class TargetedConfig(PeftConfig):
     """Options of a method that wraps modules chosen by name."""
 
-    default_targets: ClassVar[dict[str, tuple[str, ...]]] = DEFAULT_TARGETS
-    """What target_modules=None means, by `model.config.model_type`."""
+    default_targets: ClassVar[dict[str, tuple[str, ...] | str]] = DEFAULT_TARGETS
+    """What target_modules=None means, by `model.config.model_type`: names, or a regular expression as a text."""
     shown_elsewhere: ClassVar[frozenset[str]] = PeftConfig.shown_elsewhere | {
         "target_modules",
         "exclude_modules",
@@ -78,7 +78,10 @@ class TargetedConfig(PeftConfig):
     def resolved(self, model: nn.Module, paths: list[str]) -> "TargetedConfig":
         config = super().resolved(model, paths)
         named = config.target_modules
-        if named is None:
+        row = self.default_targets.get(getattr(getattr(model, "config", None), "model_type", None))
+        if named is None and isinstance(row, str):
+            named = row
+        elif named is None:
             named = sorted({path.rpartition(".")[2] for path in paths})
         elif isinstance(named, str) and named.lower() == ALL_LINEAR:
             named = list(paths)

@@ -51,10 +51,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def _layer_status(name: str, layer: AdapterLayer) -> TunerLayerStatus:
     tensors = {adapter: list(layer.adapter_tensors(adapter).values()) for adapter in layer.adapter_names}
-    kind = "modules_to_save" if isinstance(layer, ModulesToSaveWrapper) else type(layer).__name__
     return TunerLayerStatus(
         name=name,
-        module_type=kind,
+        module_type=type(layer).__name__,
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
         merged_adapters=list(layer.merged_adapters),
@@ -92,8 +91,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | str:
-    """A full copy is never merged, so only the others count; of those, an adapter that is not in a module cannot be merged there."""
-    rows = [layer for layer in layers if layer.module_type != "modules_to_save"]
+    """Names that are merged in every module that has them and can be: a full copy never is."""
+    rows = [layer for layer in layers if layer.module_type != ModulesToSaveWrapper.__name__]
     merged = sorted({name for layer in rows for name in layer.merged_adapters})
     regular = all((name in row.merged_adapters) == (name in row.available_adapters) for row in rows for name in merged)
     return merged if regular else "irregular"

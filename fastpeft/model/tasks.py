@@ -1,6 +1,7 @@
 """PeftModel by task, with PEFT's names: get_peft_model and from_pretrained choose the class by the config's task_type.
 
-They add nothing to PeftModel: the base model's own head knows its task. They are there for isinstance, and for code that names them.
+They add nothing to PeftModel: the base model's own head knows its task. They are there for isinstance, and for code that
+names them.
 """
 
 from fastpeft.model.peft_model import PeftModel

@@ -78,9 +78,9 @@ class DataConfig:
             raise ValueError(f"num_virtual_tokens: expected less than the model's {longest} positions, got {taken}")
         longest = longest and longest - taken
         if self.max_length is not None and longest is not None and self.max_length > longest:
+            beside = f" beside the prompt's {taken}" if taken else ""
             raise ValueError(
-                f"max_length: expected at most the model's {longest} positions{f' beside {taken} of the prompt' if taken else ''}, "
-                f"got {self.max_length}"
+                f"max_length: expected at most the model's {longest} positions{beside}, got {self.max_length}"
             )
         default = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)

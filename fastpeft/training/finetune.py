@@ -38,7 +38,7 @@ def finetune(
         finetune("MODEL", "reviews.csv", "qlora", "out", r=16, num_train_epochs=2).metrics
 
     model:   a folder or hub name, or a loaded transformers model, which gets the adapter in it; then with its tokenizer
-    data:    a file or folder; rows as dicts; a datasets.Dataset; or splits {"train": ..., "validation": ..., "test": ...} of these
+    data:    a file or folder; rows as dicts; a datasets.Dataset; or {"train": ..., "validation": ..., "test": ...} of these
     method:  a name as get_peft_config takes it ("qlora" quantises the base, too), or a config
     options: fields of TrainConfig, or of the method's config
     Raises:  ValueError for a name that is neither, or both; what `train` raises for wrong input, before anything is written
