@@ -17,11 +17,16 @@ _EXPORTS = {
     "AutoPeftModelForSeq2SeqLM": "fastpeft.integrations.auto",
     "AutoPeftModelForSequenceClassification": "fastpeft.integrations.auto",
     "AutoPeftModelForTokenClassification": "fastpeft.integrations.auto",
+    "BOFTConfig": "fastpeft.methods.boft",
+    "BitFitConfig": "fastpeft.methods.bitfit",
+    "IA3Config": "fastpeft.methods.ia3",
+    "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
     "NoTargetError": "fastpeft.methods.targets",
+    "OFTConfig": "fastpeft.methods.oft",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
     "PeftModelForCausalLM": "fastpeft.model.tasks",
@@ -56,10 +61,15 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
+    "BitFitConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "NoTargetError",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -98,10 +108,15 @@ if TYPE_CHECKING:
     )
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.bitfit import BitFitConfig
+    from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.by_name import get_peft_config, register_method
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.ia3 import IA3Config
     from fastpeft.methods.kinds import PeftType, TaskType
+    from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.model.plain import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict

@@ -25,6 +25,9 @@ MERGED_EQUALS_UNMERGED = 1e-5
 OTHER_ORDER_OF_SUMS = 1e-6
 """The same float32 sums taken in another order (another kernel, recomputed activations), for `assert_close`."""
 
+GRADIENTS_THROUGH_A_MODEL = 1e-5
+"""float32 gradients through a whole model, sums taken in another order (another library, recomputed), for `assert_close`."""
+
 GRADCHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-6}
 """Arguments of `torch.autograd.gradcheck` for float64."""
 

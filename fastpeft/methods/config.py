@@ -28,6 +28,8 @@ class PeftConfig:
     """Options common to all methods. A method's config adds its own fields and says which modules it wraps, and how."""
 
     peft_type: ClassVar[str] = ""
+    may_share_parameters: ClassVar[bool] = False
+    """Adapters of this method may train the same parameters of the base, one adapter at a time."""
     key_prefix: ClassVar[str] = "base_model.model."
     """What stands before a module's path in the name of a tensor on disk."""
     known_to_peft: ClassVar[bool] = True
@@ -58,6 +60,10 @@ class PeftConfig:
         return list(HEAD_NAMES.get(self.task_type, ()))
 
     # -- what a method does ---------------------------------------------------------------------------------------------
+
+    def for_model(self, model: nn.Module) -> "PeftConfig":
+        """The config with what the model's architecture decides filled in; asked before anything is built."""
+        return self
 
     def target_paths(self, model: nn.Module) -> list[str]:
         """Dotted names of the modules that this method wraps, in the model's order. Raises NoTargetError when none match."""

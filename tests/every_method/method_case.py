@@ -25,9 +25,12 @@ class MethodCase:
     per_model    further options by model; a model that is not named here gets none
     models       which of MODELS the method runs on
     in_peft      peft has the method: files go both ways, forward and gradients are compared
+    not_in_peft_on  models on which peft refuses the method, or computes something else
     identity     a fresh adapter leaves the model's function as it was
     mergeable    merge_and_unload gives a plain model with the same function
     over_nf4     works over an NF4 base; else it raises NotImplementedError or ValueError that says so
+    checkpointing  works with gradient checkpointing; else a forward in training raises ValueError or NotImplementedError
+    same_names   parameters have PEFT's names, so that gradients can be compared by name
     learning_rate, steps, factor   a task it can learn: the loss of `steps` steps falls below factor * the first
     fill_std     how far the trained values are moved from their start to make the adapter do something
     """
@@ -37,9 +40,12 @@ class MethodCase:
     per_model: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: tuple[str, ...] = ("llama", "gpt2", "bert", "t5")
     in_peft: bool = True
+    not_in_peft_on: tuple[str, ...] = ()
     identity: bool = True
     mergeable: bool = True
     over_nf4: bool = True
+    checkpointing: bool = True
+    same_names: bool = True
     learning_rate: float = 1e-2
     steps: int = 30
     factor: float = 0.7
