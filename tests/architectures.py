@@ -97,7 +97,7 @@ ARCHITECTURES: dict[str, Callable] = {
         attention_types=[[["global", "local"], 1]],
         window_size=8,
         **ENDS,
-    ),  # fmt: skip
+    ),
     "gpt_neox": decoder("GPTNeoXConfig", **SIZES, **SHORT, **ENDS),
     "bloom": decoder("BloomConfig", vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, **ENDS),
     "falcon": decoder("FalconConfig", **SIZES, **ENDS, alibi=False),
@@ -112,7 +112,7 @@ ARCHITECTURES: dict[str, Callable] = {
         word_embed_proj_dim=64,
         max_position_embeddings=32,
         **ENDS,
-    ),  # fmt: skip
+    ),
     "llama": decoder("LlamaConfig", **GROUPED),
     "llama4_text": decoder(
         "Llama4TextConfig", **GROUPED, head_dim=16, intermediate_size_mlp=128, num_local_experts=2, moe_layers=[]

@@ -63,7 +63,7 @@ def test_a_loaded_model_with_and_without_its_tokenizer(files, tmp_path):
     assert done.model.get_base_model() is base
     again = AutoModelForSequenceClassification.from_pretrained(files / "bert")
     again.config._name_or_path = ""
-    with pytest.raises(ValueError, match="expected tokenizer=... beside a BertForSequenceClassification"):
+    with pytest.raises(ValueError, match=r"expected tokenizer=\.\.\. beside a BertForSequenceClassification"):
         finetune(again, tiny.reviews(20), output_dir=tmp_path / "two", **FAST)
     words = AutoTokenizer.from_pretrained(files / "bert")
     done = finetune(again, tiny.reviews(20), output_dir=tmp_path / "two", tokenizer=words, max_steps=1, **FAST)
