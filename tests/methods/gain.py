@@ -1,14 +1,16 @@
 """The method that CONTRIBUTING.md shows, run as it stands there: a method of another package for the tests."""
 
 import contextlib
+import importlib.util
 import re
 import sys
-import types
+import tempfile
 from pathlib import Path
 
 from fastpeft.methods import METHODS
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+NAME = "gain_of_contributing"
 
 
 def source() -> str:
@@ -18,15 +20,17 @@ def source() -> str:
 
 @contextlib.contextmanager
 def registered():
-    """Inside, the method is registered; yields its module."""
-    module = types.ModuleType("gain_of_contributing")
-    module.__file__ = str(CONTRIBUTING)
-    sys.modules[module.__name__] = module  # dataclasses look a class's module up there
+    """Inside, the method is registered; yields its module. It is a file, since the command line reads flags' texts from source."""
     before = dict(METHODS)
-    try:
-        exec(compile(source(), str(CONTRIBUTING), "exec"), module.__dict__)
-        yield module
-    finally:
-        METHODS.clear()
-        METHODS.update(before)
-        del sys.modules[module.__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{NAME}.py"
+        file.write_text(source(), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(NAME, file)
+        module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            yield module
+        finally:
+            METHODS.clear()
+            METHODS.update(before)
+            del sys.modules[NAME]

@@ -8,8 +8,8 @@ from fastpeft.methods import METHODS
 from fastpeft.methods.targets import DEFAULT_TARGETS
 from tests.architectures import ARCHITECTURES, loss, made, task_type
 
-OPTIONS = {"ADALORA": {"total_step": 100}}
-"""What a method needs beside its defaults, by peft_type."""
+OPTIONS = {"ADALORA": {"total_step": 100}, "BITFIT": {"train_layernorm": True}}
+"""What a method needs beside its defaults, by peft_type. Llama and its like have no bias for BitFit to train."""
 CASES = [
     (method, kind)
     for method, config_class in METHODS.items()
