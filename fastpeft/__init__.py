@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "load_peft_weights": "fastpeft.model.plain",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "fastpeft.methods.by_name",
     "AutoPeftModel": "fastpeft.integrations.auto",
     "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
     "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",

@@ -45,6 +45,10 @@ NAMES: dict[str, NamedMethod] = {
 """Names beside the peft_types. One whose peft_type is not in METHODS is not there yet."""
 
 
+PEFT_TYPE_TO_CONFIG_MAPPING = METHODS
+"""METHODS by PEFT's name."""
+
+
 def method_names() -> list[str]:
     """Every name that `named_method` knows."""
     return sorted(

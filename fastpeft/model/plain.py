@@ -1,11 +1,13 @@
 """Adapters in a plain model, and an adapter's tensors as a dict: PEFT's functions for code that has no PeftModel."""
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from fastpeft.checkpoint import adapter_folder, read_tensors
 from fastpeft.methods.config import PeftConfig
 from fastpeft.model.loading import fill, install
 from fastpeft.model.peft_model import DEFAULT_ADAPTER, PeftModel
@@ -84,3 +86,8 @@ def set_peft_model_state_dict(
         [name.removeprefix(prefix) for name in expected if name not in found],
         [name.removeprefix(prefix) for name in found if name not in expected],
     )
+
+
+def load_peft_weights(model_id: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's folder or hub id by their name on disk, on the CPU: what set_peft_model_state_dict takes."""
+    return read_tensors(adapter_folder(model_id))
