@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load_peft_weights": "fastpeft.model.plain",
-    "PEFT_TYPE_TO_CONFIG_MAPPING": "fastpeft.methods.by_name",
     "AutoPeftModel": "fastpeft.integrations.auto",
     "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
     "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",
@@ -29,6 +27,7 @@ _EXPORTS = {
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "fastpeft.methods.by_name",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
     "PeftModelForCausalLM": "fastpeft.model.tasks",
@@ -46,6 +45,7 @@ _EXPORTS = {
     "get_peft_model": "fastpeft.model",
     "get_peft_model_state_dict": "fastpeft.model.plain",
     "inject_adapter_in_model": "fastpeft.model.plain",
+    "load_peft_weights": "fastpeft.model.plain",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
@@ -56,6 +56,7 @@ _EXPORTS = {
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -90,6 +91,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "lora_linear",
     "prepare_for_training",
     "prepare_model_for_kbit_training",
@@ -112,7 +114,7 @@ if TYPE_CHECKING:
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.bitfit import BitFitConfig
     from fastpeft.methods.boft import BOFTConfig
-    from fastpeft.methods.by_name import get_peft_config, register_method
+    from fastpeft.methods.by_name import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_config, register_method
     from fastpeft.methods.config import PeftConfig
     from fastpeft.methods.ia3 import IA3Config
     from fastpeft.methods.kinds import PeftType, TaskType
@@ -121,7 +123,12 @@ if TYPE_CHECKING:
     from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
-    from fastpeft.model.plain import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from fastpeft.model.plain import (
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
     from fastpeft.model.status import get_layer_status, get_model_status
     from fastpeft.model.tasks import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,

@@ -20,7 +20,7 @@ def source() -> str:
 
 @contextlib.contextmanager
 def registered():
-    """Inside, the method is registered; yields its module. It is a file, since the command line reads flags' texts from source."""
+    """Inside, the method is registered; yields its module, from a file: the command line reads flags' texts there."""
     before = dict(METHODS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{NAME}.py"
