@@ -38,8 +38,7 @@ ABSENT: dict[str, tuple[str, ...]] = {
         "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
     ),
     _ENCODER: (
-        "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "PromptEncoderReparameterizationType", "PromptLearningConfig",
-        "PromptTuningInit", "MultitaskPromptTuningInit", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "PromptLearningConfig", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "bloom_model_postprocess_past_key_value", "shift_tokens_right", "PeftModel.get_prompt",
         "PeftModel.get_prompt_embedding_to_save",
     ),

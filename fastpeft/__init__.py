@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "PromptTuningInit": "fastpeft.methods.kinds",
+    "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
+    "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
     "AutoPeftModel": "fastpeft.integrations.auto",
     "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
     "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",

@@ -36,10 +36,9 @@ NAMES: dict[str, NamedMethod] = {
     "prefix": NamedMethod("PREFIX_TUNING"),
     "p_tuning_v2": NamedMethod("PREFIX_TUNING"),
     "adapter": NamedMethod("BOTTLENECK"),
-    "houlsby": NamedMethod("BOTTLENECK", {"style": "houlsby"}),
-    "pfeiffer": NamedMethod("BOTTLENECK", {"style": "pfeiffer"}),
-    "parallel": NamedMethod("BOTTLENECK", {"style": "parallel"}),
-    "fusion": NamedMethod("ADAPTER_FUSION"),
+    "houlsby": NamedMethod("BOTTLENECK", {"placement": "houlsby"}),
+    "pfeiffer": NamedMethod("BOTTLENECK", {"placement": "pfeiffer"}),
+    "parallel": NamedMethod("BOTTLENECK", {"placement": "parallel"}),
     "ln": NamedMethod("LN_TUNING"),
 }
 """Names beside the peft_types. One whose peft_type is not in METHODS is not there yet."""

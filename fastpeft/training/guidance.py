@@ -14,7 +14,7 @@ RATES: dict[str, tuple[tuple[float, float], ...]] = {
     "OFT": ((3e9, 4e-4), (LARGE, 1e-4)),
     "BOFT": ((3e9, 4e-4), (LARGE, 1e-4)),
     "BOTTLENECK": ((3e9, 1e-3), (LARGE, 1e-4)),
-    "ADAPTER_FUSION": ((LARGE, 5e-5),),
+    "FUSION": ((LARGE, 5e-5),),
 }
 """peft_type -> (models up to so many parameters, learning rate), from small to large."""
 UNKNOWN = ((3e9, 3e-4), (LARGE, 1e-4))
