@@ -38,7 +38,8 @@ ABSENT: dict[str, tuple[str, ...]] = {
         "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
     ),
     _ENCODER: (
-        "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "PromptLearningConfig", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "PromptLearningConfig",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "bloom_model_postprocess_past_key_value", "shift_tokens_right", "PeftModel.get_prompt",
         "PeftModel.get_prompt_embedding_to_save",
     ),
@@ -81,8 +82,7 @@ DIFFERENT: dict[str, tuple[str, ...]] = {
     "a config comes from the folder; " + _MEMORY: ("PeftModel.from_pretrained", "PeftModel.load_adapter"),
     "safetensors only, the adapter alone; PEFT's other arguments are accepted and unused": ("PeftModel.save_pretrained",),
     "argument names of its own; PeftModel's method of the name takes PEFT's": (
-        "base_model.delete_adapter", "base_model.merge_adapter", "base_model.merge_and_unload", "base_model.set_adapter",
-        "base_model.unload",
+        "base_model.delete_adapter", "base_model.merge_and_unload", "base_model.set_adapter",
     ),
     "tensors on the CPU, safetensors only": ("load_peft_weights",),
 }  # fmt: skip

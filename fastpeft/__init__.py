@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "PromptTuningInit": "fastpeft.methods.kinds",
-    "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
-    "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
     "AutoPeftModel": "fastpeft.integrations.auto",
     "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
     "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",
@@ -28,6 +25,7 @@ _EXPORTS = {
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
+    "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
     "PEFT_TYPE_TO_CONFIG_MAPPING": "fastpeft.methods.by_name",
@@ -40,6 +38,8 @@ _EXPORTS = {
     "PeftModelForSequenceClassification": "fastpeft.model.tasks",
     "PeftModelForTokenClassification": "fastpeft.model.tasks",
     "PeftType": "fastpeft.methods.kinds",
+    "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
+    "PromptTuningInit": "fastpeft.methods.kinds",
     "TaskType": "fastpeft.methods.kinds",
     "finetune": "fastpeft.training.finetune",
     "get_layer_status": "fastpeft.model.status",
@@ -74,6 +74,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
+    "MultitaskPromptTuningInit",
     "NoTargetError",
     "OFTConfig",
     "PeftConfig",
@@ -85,6 +86,8 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningInit",
     "TaskType",
     "__version__",
     "finetune",
@@ -120,7 +123,13 @@ if TYPE_CHECKING:
     from fastpeft.methods.by_name import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_config, register_method
     from fastpeft.methods.config import PeftConfig
     from fastpeft.methods.ia3 import IA3Config
-    from fastpeft.methods.kinds import PeftType, TaskType
+    from fastpeft.methods.kinds import (
+        MultitaskPromptTuningInit,
+        PeftType,
+        PromptEncoderReparameterizationType,
+        PromptTuningInit,
+        TaskType,
+    )
     from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import LoraConfig
     from fastpeft.methods.oft import OFTConfig
