@@ -74,8 +74,6 @@ def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[st
             tensor.copy_(state[key])
     prompt = tuner.prompt_of(name)
     for key, tensor in tuner.adapter_tensors(name).items():
-        if key not in found:
-            continue
         if key == PROMPT_KEY and prompt is not None:
             if not (state and not prompt.resumable()):  # else the encoder has been filled, and makes the prompt
                 prompt.load_prompt(found[key])

@@ -81,7 +81,9 @@ def set_peft_model_state_dict(
     ]
     if wrong:
         raise ValueError(f"set_peft_model_state_dict: {len(wrong)} of another shape: {', '.join(wrong[:6])}")
-    fill(tuner, adapter_name, {name: tensor for name, tensor in found.items() if name in expected}, {})
+    given = {name: tensor for name, tensor in found.items() if name in expected}
+    if given:
+        fill(tuner, adapter_name, {**expected, **given}, {})
     return LoadResult(
         [name.removeprefix(prefix) for name in expected if name not in found],
         [name.removeprefix(prefix) for name in found if name not in expected],

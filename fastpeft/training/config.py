@@ -72,16 +72,10 @@ class DataConfig:
         roles = ("text", "text_pair", "label", "prompt", "response", "messages")
         return {role: getattr(self, f"{role}_column") for role in roles}
 
-    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
-        """How text becomes tokens for a model with `longest` positions (None: no bound), `taken` of them by a prompt."""
-        if longest is not None and taken >= longest:
-            raise ValueError(f"num_virtual_tokens: expected less than the model's {longest} positions, got {taken}")
-        longest = longest and longest - taken
+    def text_format(self, longest: int | None) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions (None: no bound)."""
         if self.max_length is not None and longest is not None and self.max_length > longest:
-            beside = f" beside the prompt's {taken}" if taken else ""
-            raise ValueError(
-                f"max_length: expected at most the model's {longest} positions{beside}, got {self.max_length}"
-            )
+            raise ValueError(f"max_length: expected at most the model's {longest} positions, got {self.max_length}")
         default = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)
 
@@ -224,10 +218,6 @@ class TrainConfig(DataConfig):
         return BaseOptions(
             quantization=self.quantization, double_quant=self.double_quant, dtype=self.dtype, bf16=self.bf16
         )
-
-    def virtual_tokens(self) -> int:
-        """Positions that a prompt method takes of the model's."""
-        return getattr(self.peft, "num_virtual_tokens", None) or 0
 
     def to_dict(self) -> dict[str, Any]:
         """Every option as plain values; the adapter's under "peft"."""

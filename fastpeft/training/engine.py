@@ -68,7 +68,7 @@ def run_training(
     source = model_source(config.model) if model is None else config.model
     tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     base_config = load_config(source) if model is None else model.config
-    text_format = config.text_format(longest_input(base_config), config.virtual_tokens())
+    text_format = config.text_format(longest_input(base_config))
     if raw.task == CAUSAL_LM and raw.columns.text:
         text_format = dataclasses.replace(
             text_format, prompt_format="plain", separator=""

@@ -66,10 +66,8 @@ def roc_curve(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
 def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Per row of a batch: summed negative log likelihood (nats), correct next tokens, tokens with a loss.
 
-    Shapes:  logits [B, S, V], labels [B, S] -> float64 [B, 3]; position i predicts label i + 1. A prompt method may give
-             logits [B, T + S, V], of which the last S count
+    Shapes:  logits [B, S, V], labels [B, S] -> float64 [B, 3]; position i predicts label i + 1
     """
-    logits = logits[:, -labels.shape[1] :]
     shifted = labels[:, 1:]
     wanted = shifted != IGNORED
     chosen, targets = logits[:, :-1][wanted].float(), shifted[wanted]
