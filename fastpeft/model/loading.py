@@ -62,11 +62,11 @@ def load_into(
         install(tuner, injection)
         if not tuner.active_adapters:
             tuner.set_adapter(name, trainable=is_trainable)
-    _fill(tuner, name, found, state)
+    fill(tuner, name, found, state)
 
 
 @torch.no_grad()
-def _fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     """Copy saved values into an installed adapter, and its training's state where there is one that fits."""
     own_state = tuner.training_tensors(name)
     if {key: tensor.shape for key, tensor in state.items()} == {key: t.shape for key, t in own_state.items()}:
