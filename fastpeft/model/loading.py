@@ -62,16 +62,14 @@ def load_into(
         install(tuner, injection)
         if not tuner.active_adapters:
             tuner.set_adapter(name, trainable=is_trainable)
+    else:
+        tuner.peft_config[name] = tuner.peft_config[name].after_loading(config)
     fill(tuner, name, found, state)
 
 
 @torch.no_grad()
 def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     """Copy saved values into an installed adapter, and its training's state where there is one that fits."""
-    own_state = tuner.training_tensors(name)
-    if {key: tensor.shape for key, tensor in state.items()} == {key: t.shape for key, t in own_state.items()}:
-        for key, tensor in own_state.items():
-            tensor.copy_(state[key])
     prompt = tuner.prompt_of(name)
     for key, tensor in tuner.adapter_tensors(name).items():
         if key == PROMPT_KEY and prompt is not None:
@@ -79,6 +77,10 @@ def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[st
                 prompt.load_prompt(found[key])
         else:
             tensor.copy_(found[key])
+    own_state = tuner.training_tensors(name) if state else {}  # last: it may hold more than the adapter's file
+    if {key: tensor.shape for key, tensor in state.items()} == {key: t.shape for key, t in own_state.items()}:
+        for key, tensor in own_state.items():
+            tensor.copy_(state[key])
 
 
 def _paths_peft_saved(tuner: Tuner, config: PeftConfig, found: dict[str, torch.Tensor]) -> list[str]:
