@@ -13,9 +13,13 @@ _EXPORTS = {
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
+    "MultitaskPromptTuningConfig": "fastpeft.methods.multitask_prompt_tuning",
     "NoTargetError": "fastpeft.methods.targets",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
+    "PrefixTuningConfig": "fastpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fastpeft.methods.p_tuning",
+    "PromptTuningConfig": "fastpeft.methods.prompt_tuning",
     "get_peft_model": "fastpeft.model",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
@@ -27,9 +31,13 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
     "NoTargetError",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "__version__",
     "get_peft_model",
     "lora_linear",
@@ -43,6 +51,10 @@ if TYPE_CHECKING:
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.config import PeftConfig
     from fastpeft.methods.lora import LoraConfig
+    from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+    from fastpeft.methods.p_tuning import PromptEncoderConfig
+    from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fastpeft.methods.prompt_tuning import PromptTuningConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.ops.lora import lora_linear

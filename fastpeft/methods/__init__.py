@@ -5,9 +5,17 @@ METHODS maps the `peft_type` of an adapter_config.json to the config class. A ne
 
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.lora import LoraConfig
+from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from fastpeft.methods.p_tuning import PromptEncoderConfig
+from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+from fastpeft.methods.prompt_tuning import PromptTuningConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "LORA": LoraConfig,
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuningConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
 }
 
 
