@@ -53,7 +53,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             )
         if self.prompt_tuning_init in FROM_SOURCE[:2] and self.num_tasks != 1:
             raise ValueError(
-                f"{where}: expected num_tasks 1 with {self.prompt_tuning_init}, which gives one task's matrices, got {self.num_tasks}"
+                f"{where}: expected num_tasks 1 with {self.prompt_tuning_init}, which gives one task's matrices, got "
+                f"{self.num_tasks}"
             )
 
     def _layer(self) -> MultitaskPromptEmbedding:
@@ -108,7 +109,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         path = Path(self.prompt_tuning_init_state_dict_path)
         if path.suffix != ".safetensors":
             raise ValueError(
-                f"prompt_tuning_init_state_dict_path: expected a .safetensors file, got {path}; unpickling runs code from the file"
+                f"prompt_tuning_init_state_dict_path: expected a .safetensors file, got {path}; "
+                "unpickling runs code from the file"
             )
         if not path.is_file():
             raise FileNotFoundError(f"prompt_tuning_init_state_dict_path: no such file {path}")

@@ -47,7 +47,8 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ValueError(f"{where}: expected init_weights 'zero' or none, got {self.init_weights!r}")
         if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
             raise ValueError(
-                f"{where}: expected token_dim a multiple of num_attention_heads, got {self.token_dim} and {self.num_attention_heads}"
+                f"{where}: expected token_dim a multiple of num_attention_heads, got "
+                f"{self.token_dim} and {self.num_attention_heads}"
             )
 
     def _sizes(self, model: nn.Module) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _check_layers(model: nn.Module, config: Any) -> None:
     decoder_layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
     if model.config.is_encoder_decoder and decoder_layers not in (None, config.num_hidden_layers):
         kinds.add(f"{decoder_layers} decoder layers beside {config.num_hidden_layers} of the encoder")
-    for field in ("per_layer_config", "global_head_dim", "num_kv_shared_layers", "kv_lora_rank"):
+    for field in ("is_heterogeneous", "global_head_dim", "num_kv_shared_layers", "kv_lora_rank"):
         if getattr(config, field, None):
             kinds.add(f"{field}={getattr(config, field)!r}"[:80])
     if kinds:
