@@ -95,7 +95,7 @@ class PrefixEncoder(PromptLayer):
     def call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if model.training and recomputes_layers(model):
             raise ValueError(
-                "forward: expected no gradient checkpointing with prefix tuning, whose keys and values stand in the cache that it "
+                "forward: expected no gradient checkpointing with prefix tuning, whose keys stand in the cache that it "
                 "switches off; call gradient_checkpointing_disable(), or use prompt tuning or P-tuning"
             )
         inputs = named_arguments(model, args, kwargs)
@@ -148,10 +148,10 @@ def _bidirectional_mask(model: nn.Module, mask: torch.Tensor, tokens: int) -> to
     from transformers.masking_utils import create_bidirectional_mask
 
     rows, keys = mask.shape
-    queries = torch.empty(rows, keys - tokens, 0, dtype=model.dtype, device=mask.device)
+    like = torch.empty(0, dtype=model.dtype, device=mask.device)
     return create_bidirectional_mask(
         config=model.config,
-        inputs_embeds=queries,
+        inputs_embeds=like.new_empty(rows, keys - tokens, 0),
         attention_mask=mask,
-        encoder_hidden_states=mask.new_empty(rows, keys, 0),
+        encoder_hidden_states=like.new_empty(rows, keys, 0),
     )

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 PROMPT_KEY = "prompt_embeddings"
-KEEPS_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Task types whose models read token_type_ids; for the others PEFT drops them, and so do we."""
+KEEPS_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS")
+"""Task types for which token_type_ids count; for the others PEFT drops them, and so do we."""
 
 
 class PromptLayer(nn.Module):

@@ -4,7 +4,7 @@
     attention_mask = [1 ... 1, attention_mask]          where there is one
     labels = [-100 ... -100, labels]                    of every token: CAUSAL_LM, TOKEN_CLS
     start_positions, end_positions + T                  QUESTION_ANS
-    token_type_ids = [0 ... 0, token_type_ids]          for classifiers; dropped otherwise
+    token_type_ids = [0 ... 0, token_type_ids]          SEQ_CLS, TOKEN_CLS; dropped otherwise
     position_ids                                        dropped: tokens are counted from the prompt's first
 
 Logits of every token are T longer than the input: the first T are the prompt's. PEFT leaves the labels of token classification
@@ -46,8 +46,8 @@ class InputPrompt(PromptLayer):
         cache = inputs.get("cache")
         if cache is not None and cache.get_seq_length():
             raise NotImplementedError(
-                f"forward: expected no filled cache, got one of {cache.get_seq_length()} tokens; the prompt goes before the first "
-                "token: call generate"
+                f"forward: expected no filled cache, got one of {cache.get_seq_length()} tokens; the prompt goes before the "
+                "first token: call generate"
             )
         drop(inputs, "position_ids")
         if self.task_type not in KEEPS_TOKEN_TYPES:

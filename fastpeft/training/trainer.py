@@ -59,6 +59,8 @@ class Trainer(transformers.Trainer):
             super()._set_signature_columns_if_needed()
         finally:
             self.model = wrapped
+        if isinstance(wrapped, PeftModel) and "task_ids" not in self._signature_columns:
+            self._signature_columns.append("task_ids")  # of multitask prompts; the base model's forward has none
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
