@@ -28,6 +28,8 @@ class PromptLayer(nn.Module):
     encoder_tensors()             the parameters that make the prompt, where it is not a parameter itself: not on disk
     """
 
+    lengthens_input = False
+    """True if the model reads T tokens more, so that a causal LM predicts the first token of the text as well."""
     encoder_names: tuple[str, ...] = ()
     """Attributes of the modules that make the prompt from `embedding`; empty once they are given up."""
 

@@ -35,6 +35,7 @@ class InputPrompt(PromptLayer):
     which the encoder reads the first; the decoder reads the second where `prompts_decoder` says so.
     """
 
+    lengthens_input = True
     prompts_decoder = False
 
     def vectors(self, rows: int, task_ids: torch.Tensor | None) -> torch.Tensor:

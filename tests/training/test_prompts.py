@@ -63,7 +63,9 @@ def run(files, output, kind, data="questions", model="llama", **options):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_classifier_learns(files, tmp_path, kind):
-    record = run(files, tmp_path, kind, "reviews", "bert", num_train_epochs=6)
+    record = run(
+        files, tmp_path, kind, "reviews", "bert", num_train_epochs=6, learning_rate={"prefix": 0.1}.get(kind, 0.02)
+    )
     assert record.metrics["loss"] < 0.8 * record.baseline["loss"]
     assert "base_model.classifier.weight" in load_file(tmp_path / "adapter_model.safetensors")
     adapter = TrainedAdapter.load(tmp_path, use_cpu=True)
