@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BOFTConfig": "fastpeft.methods.boft",
+    "BitFitConfig": "fastpeft.methods.bitfit",
+    "IA3Config": "fastpeft.methods.ia3",
+    "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "MultitaskPromptTuningConfig": "fastpeft.methods.multitask_prompt_tuning",
     "NoTargetError": "fastpeft.methods.targets",
+    "OFTConfig": "fastpeft.methods.oft",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
     "PrefixTuningConfig": "fastpeft.methods.prefix_tuning",
@@ -28,11 +33,16 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "BOFTConfig",
+    "BitFitConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
     "MultitaskPromptTuningConfig",
     "NoTargetError",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PrefixTuningConfig",
@@ -49,9 +59,14 @@ __all__ = [
 if TYPE_CHECKING:
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.bitfit import BitFitConfig
+    from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.ia3 import IA3Config
+    from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import LoraConfig
     from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+    from fastpeft.methods.oft import OFTConfig
     from fastpeft.methods.p_tuning import PromptEncoderConfig
     from fastpeft.methods.prefix_tuning import PrefixTuningConfig
     from fastpeft.methods.prompt_tuning import PromptTuningConfig

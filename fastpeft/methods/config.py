@@ -24,6 +24,8 @@ class PeftConfig:
     """Options common to all methods. A method's config adds its own fields and says which modules it wraps, and how."""
 
     peft_type: ClassVar[str] = ""
+    may_share_parameters: ClassVar[bool] = False
+    """Adapters of this method may train the same parameters of the base, one adapter at a time."""
     key_prefix: ClassVar[str] = "base_model.model."
     """What stands before a module's path in the name of a tensor on disk."""
     known_to_peft: ClassVar[bool] = True
@@ -56,6 +58,10 @@ class PeftConfig:
 
     # -- what a method does ---------------------------------------------------------------------------------------------
 
+    def for_model(self, model: nn.Module) -> "PeftConfig":
+        """The config with what the model's architecture decides filled in; asked before anything is built."""
+        return self
+
     def target_paths(self, model: nn.Module) -> list[str]:
         """Dotted names of the modules that this method wraps, in the model's order. Raises NoTargetError when none match."""
         raise NotImplementedError
@@ -63,10 +69,6 @@ class PeftConfig:
     def wrap(self, path: str, module: nn.Module, adapter_name: str, autocast_adapter_dtype: bool) -> AdapterLayer:
         """A new wrapper of `module` with one adapter; the model that holds the module is not changed."""
         raise NotImplementedError
-
-    def for_model(self, model: nn.Module) -> "PeftConfig":
-        """A copy with what is left to the model filled in, before anything is built; itself where nothing is."""
-        return self
 
     def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool, fresh: bool) -> PromptLayer | None:
         """What a prompt method puts before the model's input or keys; None for a method that wraps modules.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from fastpeft.layers.base_weight import is_conv1d
+from fastpeft.layers.base_weight import is_conv1d, is_linear_base
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import (
     ALL_LINEAR,
@@ -15,6 +15,7 @@ from fastpeft.methods.targets import (
     check_pattern,
     find_targets,
     is_inside,
+    names_module,
     names_peft_agrees_on,
 )
 
@@ -79,7 +80,8 @@ class TargetedConfig(PeftConfig):
         config = super().resolved(model, paths)
         named = config.target_modules
         if named is None:
-            named = sorted({path.rpartition(".")[2] for path in paths})
+            row = self.default_targets[model.config.model_type]
+            named = sorted(name for name in row if any(names_module(name, path) for path in paths))
         elif isinstance(named, str) and named.lower() == ALL_LINEAR:
             named = list(paths)
         saved = names_peft_agrees_on(model, [*(config.modules_to_save or []), *config.heads_to_save()])
@@ -149,3 +151,21 @@ class LayerwiseConfig(TargetedConfig):
 def by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that matches the path's end at a component boundary, as PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def require_linear(where: str, path: str, module: nn.Module) -> nn.Module:
+    """The module, if it is linear.
+
+    Raises:  NotImplementedError for an embedding or a convolution; ValueError for what is no weighted map at all
+    """
+    if is_linear_base(module):
+        return module
+    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        raise NotImplementedError(
+            f"{where}: expected a linear module, got {type(module).__name__} at {path}, for which this method is not here; "
+            "leave it out of target_modules"
+        )
+    raise ValueError(
+        f"target_modules: expected nn.Linear or transformers' Conv1D, got {type(module).__name__} at {path}; "
+        "name the linear modules inside it"
+    )

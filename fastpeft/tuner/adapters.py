@@ -94,9 +94,9 @@ class Adapters(nn.Module):
             )
         if not name or "." in name:
             raise ValueError(f"add_adapter: expected a name without dots, got {name!r}")
+        config = config.for_model(self.model)
         requires_grad = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         try:
-            config = config.for_model(self.model)
             paths = config.target_paths(self.model, strict=strict)
             modules = dict(base_modules(self.model))
             layers = {path: config.wrap(path, modules[path], name, autocast_adapter_dtype) for path in paths}
@@ -104,7 +104,7 @@ class Adapters(nn.Module):
             self._check_kinds(layers)
             copied = [path for path, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)]
             parameters = config.trained_parameters(modules, [path for path in layers if path not in copied], copied)
-            self._check_trained(name, parameters)
+            self._check_trained(name, config, parameters)
             prompt = config.make_prompt(self.model, autocast_adapter_dtype, fresh=strict)
             return Injection(name, config.resolved(self.model, paths), layers, parameters, prompt)
         finally:
@@ -157,15 +157,35 @@ class Adapters(nn.Module):
                     f"add_adapter: {path} is wrapped by {type(old).__name__} already, a {type(new).__name__} cannot join it"
                 )
 
-    def _check_trained(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
-        """Two adapters cannot train one parameter of the base: each would change what the other was trained with."""
+    def _check_trained(self, name: str, config: PeftConfig, parameters: dict[str, nn.Parameter]) -> None:
+        """Two adapters cannot train one parameter of the base, unless their methods say that each is switched on alone."""
+        if parameters and any(layer.merged for _, layer in self.layers()):
+            raise ValueError(
+                f"add_adapter: {name!r} trains parameters of the base, which holds merged adapters; call unmerge_adapter first"
+            )
         mine = TrainedParameters(parameters)
-        others = [other for other, trained in self._trained_of.items() if trained.shares_with(mine)]
+        others = [
+            other
+            for other, trained in self._trained_of.items()
+            if trained.shares_with(mine)
+            and not (config.may_share_parameters and self.peft_config[other].may_share_parameters)
+        ]
         if others:
             raise ValueError(
                 f"add_adapter: expected bias='none' beside {others}, which trains the same parameters of the base; "
                 f"got {name!r} with {sorted(parameters)[:3]}"
             )
+
+    def _check_together(self, names: list[str]) -> None:
+        """Raise ValueError if two of these adapters train one parameter of the base, or two have copies of one module."""
+        for i, name in enumerate(names):
+            shared = [other for other in names[:i] if self._trained_of[other].shares_with(self._trained_of[name])]
+            if shared:
+                raise ValueError(
+                    f"set_adapter: expected one of {[*shared, name]}, which train the same parameters of the base, got {names}"
+                )
+        for _, layer in self.layers():
+            layer.check_selection(names)
 
     def install(self, injection: Injection) -> None:
         """Put a prepared adapter into the model, frozen and not active yet. A first adapter freezes the base."""
@@ -182,7 +202,11 @@ class Adapters(nn.Module):
                 layer.disable_adapters = self.disabled
                 for parent, attribute in owners[id(layer.get_base_layer())]:
                     setattr(parent, attribute, layer)
+        if injection.parameters:
+            self._put_trained([])  # so that it starts from the base's own values, whatever another trained them to
         self._trained_of[injection.name] = TrainedParameters(injection.parameters)
+        if injection.parameters:
+            self._put_trained(self.active_adapters)
         if injection.prompt is not None:
             self.prompts[injection.name] = injection.prompt.requires_grad_(False).train(self.model.training)
         self.peft_config[injection.name] = injection.config
@@ -230,13 +254,12 @@ class Adapters(nn.Module):
             raise ValueError(
                 f"set_adapter: expected {prompted[0]!r}, which has a prompt, to be active alone, got {wanted}"
             )
+        self._check_together(wanted)
         layers = [layer for _, layer in self.layers()]
         for layer in layers:
-            layer.check_selection(wanted)
-        for layer in layers:
             layer.set_adapter(wanted, trainable=trainable)
-        for name, parameters in self._trained_of.items():
-            parameters.requires_grad_(trainable and name in wanted)
+        for name in self._wanted_last(wanted):
+            self._trained_of[name].requires_grad_(trainable and name in wanted)
         for name, prompt in self.prompts.items():
             prompt.requires_grad_(trainable and name in wanted)
         self.active_adapters = wanted
@@ -257,8 +280,12 @@ class Adapters(nn.Module):
     def _put_trained(self, names: Iterable[str]) -> None:
         """Let the model hold the parameters that these adapters trained, unless adapters are disabled; else the base's."""
         wanted = [] if self.disabled else list(names)
-        for name, parameters in self._trained_of.items():
-            parameters.put(name in wanted)
+        for name in self._wanted_last(wanted):
+            self._trained_of[name].put(name in wanted)
+
+    def _wanted_last(self, wanted: Iterable[str]) -> list[str]:
+        """Every adapter, those that are wanted last: they have the last word about a parameter that others train too."""
+        return sorted(self._trained_of, key=lambda name: name in wanted)
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]

@@ -53,6 +53,7 @@ class Tuner(Adapters):
         """The adapters to merge, the active ones by default; refuses a method without a merged form before anything changes."""
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         self._known(names)
+        self._check_together(names)
         prompted = [name for name in names if name in self.prompts]
         if prompted:
             raise NotImplementedError(

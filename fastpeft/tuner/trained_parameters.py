@@ -6,7 +6,8 @@ from torch import nn
 
 class TrainedParameters:
     """Parameters of the base model that one adapter trains. The model holds either their trained values or the base's own;
-    the others are kept aside.
+    the others are kept aside. Several adapters may train one parameter as long as not two of them are in the model at once, and
+    each is made while none is.
 
     parameters: by path; one that is registered under several paths comes once per path
     """

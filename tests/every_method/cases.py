@@ -1,9 +1,10 @@
 """Every case of every method, by name."""
 
-from tests.every_method import lora_family, prompts
+from tests.every_method import lora_family, multiplicative, prompts
 from tests.every_method.method_case import MethodCase
 
 CASES: dict[str, MethodCase] = {
     **lora_family.CASES,
+    **multiplicative.CASES,
     **prompts.CASES,
 }

@@ -25,6 +25,7 @@ class MethodCase:
     per_model    further options by model; a model that is not named here gets none
     models       which of MODELS the method runs on
     in_peft      peft has the method: files go both ways, forward and gradients are compared
+    not_in_peft_on  models on which peft refuses the method, or computes something else
     identity     a fresh adapter leaves the model's function as it was
     mergeable    merge_and_unload gives a plain model with the same function
     over_nf4     works over an NF4 base; else it raises NotImplementedError or ValueError that says so
@@ -39,6 +40,7 @@ class MethodCase:
     per_model: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: tuple[str, ...] = ("llama", "gpt2", "bert", "t5")
     in_peft: bool = True
+    not_in_peft_on: tuple[str, ...] = ()
     identity: bool = True
     mergeable: bool = True
     over_nf4: bool = True

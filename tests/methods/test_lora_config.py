@@ -102,7 +102,7 @@ def test_null_patterns_mean_none():
     ("values", "error", "said"),
     [
         ({}, ValueError, "peft_type"),
-        ({"peft_type": "IA3"}, NotImplementedError, "'IA3'"),
+        ({"peft_type": "XLORA"}, NotImplementedError, "'XLORA'"),
         ({"peft_type": ["LORA"]}, NotImplementedError, "LORA"),
     ],
     ids=["none", "other_method", "not_text"],
