@@ -38,10 +38,11 @@ class PrefixEncoder(PromptLayer):
 
     def __init__(
         self, task_type: str, num_virtual_tokens: int, submodules: int, layers: int, heads: int, head_dim: int,
-        projected_from: int | None = None,
+        projected_from: int | None = None, bidirectional: bool = False,
     ):  # fmt: skip
-        """projected_from: the hidden width of a projection, or None without one."""
+        """projected_from: the hidden width of a projection, or None without one; bidirectional: for an encoder such as BERT."""
         super().__init__(task_type, num_virtual_tokens)
+        self.bidirectional = bidirectional
         self.submodules, self.layers, self.heads, self.head_dim = submodules, layers, heads, head_dim
         token_dim = heads * head_dim
         prefix_dim = 2 * layers * token_dim
@@ -85,7 +86,7 @@ class PrefixEncoder(PromptLayer):
     def new_cache(self, model: nn.Module, rows: int) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 
-        if is_bidirectional(model):  # its layers know no windows
+        if self.bidirectional:  # its layers know no windows
             return self.fill(DynamicCache(), model, rows)
         cache = DynamicCache(config=model.config)
         if model.config.is_encoder_decoder:
@@ -108,7 +109,7 @@ class PrefixEncoder(PromptLayer):
         mask_name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
         if mask_name in inputs:
             inputs[mask_name] = longer_mask(inputs[mask_name], tokens)
-            if is_bidirectional(model):
+            if self.bidirectional:
                 inputs[mask_name] = _bidirectional_mask(model, inputs[mask_name], tokens)
         inputs["cache"] = self.new_cache(model, rows)
         return model(**inputs)

@@ -102,7 +102,7 @@ class PromptLayer(nn.Module):
 
 def named_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of model.forward by name; those that are None are left out."""
-    names = list(inspect.signature(model.forward).parameters)
+    names = list(inspect.signature(model.forward).parameters) if args else []
     named = dict(zip(names, args, strict=False)) | kwargs
     if "past_key_values" in named:
         named["cache"] = named.pop("past_key_values")

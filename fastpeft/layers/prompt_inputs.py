@@ -8,9 +8,12 @@
     position_ids                                        dropped: tokens are counted from the prompt's first
 
 Logits of every token are T longer than the input: the first T are the prompt's. PEFT leaves the labels of token classification
-(and then fails) and the positions of question answering as they are; its logits are the same.
+(and then fails) and the positions of question answering as they are; its logits are the same. A decoder with a classification
+head reads the last token of a row that attention_mask shows; transformers, and PEFT, read the padding after it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,7 +71,8 @@ class InputPrompt(PromptLayer):
             labels = inputs["labels"]
             ignored = labels.new_full((len(labels), tokens), IGNORED_LABEL)
             inputs["labels"] = torch.cat([ignored, labels], dim=1)
-        return model(**inputs)
+        with _reading_the_last_token(model, inputs.get("attention_mask") if self.task_type == "SEQ_CLS" else None):
+            return model(**inputs)
 
     def _prepend(self, model: nn.Module, inputs: dict[str, Any], prompts: torch.Tensor) -> None:
         embedded = inputs.get("inputs_embeds")
@@ -142,3 +146,27 @@ class InputPrompt(PromptLayer):
             return inputs
         self._prepend(model, inputs, self.vectors(batch_rows(inputs), task_ids))
         return inputs
+
+
+@contextlib.contextmanager
+def _reading_the_last_token(model: nn.Module, mask: torch.Tensor | None) -> Iterator[None]:
+    """Inside, a decoder's classification head finds the last token of every row at the end of it.
+
+    The models look for padding in input_ids, and given embeddings they take the last position, whatever is there.
+    """
+    head = getattr(model, "score", None)
+    if mask is None or not isinstance(head, nn.Module):
+        yield
+        return
+    last = (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+
+    def move(_, args):
+        hidden, rest = args[0], args[1:]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return torch.cat([hidden[:, :-1], hidden[rows, last.to(hidden.device)][:, None]], dim=1), *rest
+
+    handle = head.register_forward_pre_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from fastpeft.layers.adapter import recomputes_layers
-from fastpeft.layers.prefix_tuning import PrefixEncoder
+from fastpeft.layers.prefix_tuning import PrefixEncoder, is_bidirectional
 from fastpeft.layers.prompt import PromptLayer
 from fastpeft.methods.prompt_learning import PromptLearningConfig
 
@@ -81,6 +81,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             self.num_attention_heads,
             self.token_dim // self.num_attention_heads,
             projected_from=self.encoder_hidden_size if projected else None,
+            bidirectional=is_bidirectional(model),
         )
         if self.init_weights == "zero":
             prompt.start_at_zero()

@@ -226,6 +226,38 @@ def test_sliding_windows(model, kind):
     assert_close("logits", ours(**given).logits, theirs(**given).logits, LOGITS_EQUAL_TO_PEFT)
 
 
+CLASSIFIERS = {
+    "llama": lambda: transformers.LlamaForSequenceClassification(tiny_models.llama(pad_token_id=0).config),
+    "gpt2": lambda: transformers.GPT2ForSequenceClassification(tiny_models.gpt2(pad_token_id=0).config),
+}
+
+
+@pytest.mark.parametrize("make", CLASSIFIERS.values(), ids=CLASSIFIERS)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_decoder_classifies_by_the_last_token(make, kind):
+    """A row with padding after it has the logits of the row alone; PEFT, given embeddings, reads the padding."""
+    torch.manual_seed(0)
+    model = make().eval()
+    model.config.pad_token_id = 0
+    ids = tiny_models.token_ids() + 1
+    if kind == "prompt":
+        theirs, ours, *_ = pair(kind, "SEQ_CLS", model)
+        assert_close("logits", ours(ids).logits, theirs(ids).logits, LOGITS_EQUAL_TO_PEFT)
+        left = torch.ones_like(ids)
+        left[0, :4] = 0
+        expected = theirs(input_ids=ids, attention_mask=left).logits
+        assert_close("padded before", ours(input_ids=ids, attention_mask=left).logits, expected, LOGITS_EQUAL_TO_PEFT)
+    else:
+        ours = fastpeft.get_peft_model(model, config(fastpeft, kind, "SEQ_CLS")).eval()
+    alone = ours(ids[:1, :7]).logits
+    padded_ids, mask = ids.clone(), torch.ones_like(ids)
+    padded_ids[0, 7:], mask[0, 7:] = 0, 0
+    got = ours(input_ids=padded_ids, attention_mask=mask).logits
+    assert_close("padded after", got[:1], alone, OTHER_ORDER_OF_SUMS)
+    assert_close("not padded", got[1:], ours(ids[1:]).logits, OTHER_ORDER_OF_SUMS)
+    assert not ours.get_base_model().score._forward_pre_hooks
+
+
 def test_position_ids_go_on_after_a_prefix_and_mean_nothing_after_a_prompt():
     given = padded()
     positions = torch.arange(12)[None].expand(2, -1)
