@@ -29,6 +29,7 @@ _EXPORTS = {
     "LoftQConfig": "fastpeft.methods.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
+    "MultitaskPromptTuningConfig": "fastpeft.methods.multitask_prompt_tuning",
     "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
@@ -42,7 +43,10 @@ _EXPORTS = {
     "PeftModelForSequenceClassification": "fastpeft.model.tasks",
     "PeftModelForTokenClassification": "fastpeft.model.tasks",
     "PeftType": "fastpeft.methods.kinds",
+    "PrefixTuningConfig": "fastpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fastpeft.methods.p_tuning",
     "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
+    "PromptTuningConfig": "fastpeft.methods.prompt_tuning",
     "PromptTuningInit": "fastpeft.methods.kinds",
     "TaskType": "fastpeft.methods.kinds",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
@@ -86,6 +90,7 @@ __all__ = [
     "LoRALinear",
     "LoftQConfig",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoTargetError",
     "OFTConfig",
@@ -98,7 +103,10 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
     "__version__",
@@ -151,7 +159,11 @@ if TYPE_CHECKING:
     )
     from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+    from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from fastpeft.methods.oft import OFTConfig
+    from fastpeft.methods.p_tuning import PromptEncoderConfig
+    from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fastpeft.methods.prompt_tuning import PromptTuningConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.model.eva import initialize_lora_eva_weights

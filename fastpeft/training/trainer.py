@@ -3,6 +3,7 @@
 What differs from transformers.Trainer, and why:
 - It reads the base model's class and forward signature (labels, loss arguments, columns); the wrapper's forward has none.
 - A checkpoint holds the adapter instead of the model, and loading one loads the adapter.
+- The loss of a causal LM with a prompt is the mean over its tokens, of which the first follows the prompt.
 - Batches grouped by length are drawn from (seed, epoch) alone, and an evaluation leaves the random state as it found it:
   a run that is resumed continues bit for bit.
 """
@@ -128,6 +129,18 @@ class Trainer(transformers.Trainer):
             super()._set_signature_columns_if_needed()
         finally:
             self.model = wrapped
+        if isinstance(wrapped, PeftModel) and "task_ids" not in self._signature_columns:
+            self._signature_columns.append("task_ids")  # of multitask prompts; the base model's forward has none
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Tokens with a loss. After a prompt the first of a row has one as well."""
+        shifts = self._loss_shifts_labels
+        prompt = self.model.base_model.active_prompt() if isinstance(self.model, PeftModel) else None
+        self._loss_shifts_labels = shifts and not (prompt is not None and prompt.lengthens_input)
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self._loss_shifts_labels = shifts
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.loraplus is None or self.optimizer is not None:
