@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AdaLoraConfig": "fastpeft.methods.adalora",
     "AutoPeftModel": "fastpeft.integrations.auto",
     "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
     "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",
@@ -29,6 +30,7 @@ _EXPORTS = {
     "LoftQConfig": "fastpeft.methods.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
+    "MultitaskPromptTuningConfig": "fastpeft.methods.multitask_prompt_tuning",
     "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
@@ -42,7 +44,10 @@ _EXPORTS = {
     "PeftModelForSequenceClassification": "fastpeft.model.tasks",
     "PeftModelForTokenClassification": "fastpeft.model.tasks",
     "PeftType": "fastpeft.methods.kinds",
+    "PrefixTuningConfig": "fastpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fastpeft.methods.p_tuning",
     "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
+    "PromptTuningConfig": "fastpeft.methods.prompt_tuning",
     "PromptTuningInit": "fastpeft.methods.kinds",
     "TaskType": "fastpeft.methods.kinds",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
@@ -66,6 +71,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AutoPeftModel",
@@ -86,6 +92,7 @@ __all__ = [
     "LoRALinear",
     "LoftQConfig",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoTargetError",
     "OFTConfig",
@@ -98,7 +105,10 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
     "__version__",
@@ -135,6 +145,7 @@ if TYPE_CHECKING:
     from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.methods.adalora import AdaLoraConfig
     from fastpeft.methods.bitfit import BitFitConfig
     from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.bottleneck import BottleneckConfig
@@ -151,7 +162,11 @@ if TYPE_CHECKING:
     )
     from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+    from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from fastpeft.methods.oft import OFTConfig
+    from fastpeft.methods.p_tuning import PromptEncoderConfig
+    from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fastpeft.methods.prompt_tuning import PromptTuningConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.model.eva import initialize_lora_eva_weights

@@ -35,6 +35,8 @@ class PeftConfig:
     """What stands before a module's path in the name of a tensor on disk."""
     known_to_peft: ClassVar[bool] = True
     """False for a method that PEFT lacks, whose adapters it cannot load."""
+    works_with_checkpointing: ClassVar[bool] = True
+    """False for a method that cannot be trained with gradient checkpointing."""
     # Fields that PEFT writes and this method does not have, with the values that mean "not used".
     unsupported: ClassVar[dict[str, tuple]] = {}
     # Fields in which two configs of the same tensors may differ: origin, training, and ways to name the same modules.
@@ -91,8 +93,11 @@ class PeftConfig:
         """A new wrapper of `module` with one adapter; the model that holds the module is not changed."""
         raise NotImplementedError
 
-    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool) -> PromptLayer | None:
-        """What a prompt method puts before the model's input or keys; None for a method that wraps modules."""
+    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool, fresh: bool) -> PromptLayer | None:
+        """What a prompt method puts before the model's input or keys; None for a method that wraps modules.
+
+        fresh: draw initial values as the config says; else a saved prompt is about to be loaded
+        """
         return None
 
     def trained_parameters(

@@ -60,8 +60,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args, adapter_names: Iterable[str] | None = None, **kwargs):
         """The base model's generate; adapter_names as in forward."""
-        with self.base_model.adapters_per_item(adapter_names), self.base_model.generation():
-            return self.get_base_model().generate(*args, **kwargs)
+        with self.base_model.adapters_per_item(adapter_names):
+            return self.base_model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""

@@ -72,11 +72,15 @@ class DataConfig:
         roles = ("text", "text_pair", "label", "prompt", "response", "messages")
         return {role: getattr(self, f"{role}_column") for role in roles}
 
-    def text_format(self, longest: int | None) -> TextFormat:
-        """How text becomes tokens for a model with `longest` positions (None: no bound)."""
-        if self.max_length is not None and longest is not None and self.max_length > longest:
-            raise ValueError(f"max_length: expected at most the model's {longest} positions, got {self.max_length}")
-        default = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions (None: no bound), of which `taken` are not for text."""
+        room = None if longest is None else longest - taken
+        if room is not None and (room < 1 or (self.max_length or 1) > room):
+            less = f" less the prompt's {taken}" if taken else ""
+            raise ValueError(
+                f"max_length: expected at most the model's {longest} positions{less}, got {self.max_length}"
+            )
+        default = min(DEFAULT_MAX_LENGTH, room or DEFAULT_MAX_LENGTH)
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)
 
 
@@ -206,6 +210,12 @@ class TrainConfig(DataConfig):
         _check(
             self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "more than 0", self.num_train_epochs
         )
+        _check(
+            self.peft.works_with_checkpointing or not self.gradient_checkpointing,
+            "gradient_checkpointing",
+            f"False with {self.peft.peft_type}, whose trained keys stand in the cache that it switches off",
+            self.gradient_checkpointing,
+        )
         _check(not (self.overwrite and self.resume), "overwrite, resume", "at most one of them", "both")
 
     def best_metric(self, task: str) -> str:
@@ -224,6 +234,10 @@ class TrainConfig(DataConfig):
             return None
         names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
         return {name: getattr(self, name) for name in names}
+
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions, of which a prompt takes the first."""
+        return super().text_format(longest, taken + getattr(self.peft, "num_virtual_tokens", 0))
 
     def base_options(self) -> BaseOptions:
         """How the base model is held."""

@@ -40,7 +40,7 @@ from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
 from fastpeft.training.report import write_report
 from fastpeft.training.run_folder import CHECKPOINTS, RECORD_FILE, REPORT_FILE, TrainingInfo, check_output_folder
 from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
-from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, warmup_steps
+from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, total_steps, warmup_steps
 
 _FREE_TO_CHANGE = {"resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir"}
 
@@ -84,7 +84,9 @@ def run_training(
         base = quantize_in_place(model, options)
     align_padding(base, tokenizer)
     described = describe_base(base)
-    wrapped = get_peft_model(base, config.peft_config(raw.task)).to(device)
+    step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps = total_steps(len(tokenised["train"].features), step_rows, config.num_train_epochs, config.max_steps)
+    wrapped = get_peft_model(base, config.peft_config(raw.task).for_run(steps)).to(device)
     if config.learning_rate is None:
         rate = suggested_learning_rate(config.peft.peft_type, wrapped.get_nb_trainable_parameters()[1])
         config = dataclasses.replace(config, learning_rate=rate)
