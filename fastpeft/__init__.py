@@ -71,9 +71,9 @@ _EXPORTS = {
 }
 
 __all__ = [
-    "AdaLoraConfig",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdaLoraConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

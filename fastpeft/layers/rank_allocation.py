@@ -38,7 +38,7 @@ class BudgetSchedule:
     tinit: int
     tfinal: int
     total_step: int
-    deltaT: int  # noqa: N815 - PEFT's name
+    deltaT: int
 
     @property
     def last(self) -> int:
@@ -132,5 +132,7 @@ def orthogonality(layers: Layers, name: str) -> torch.Tensor:
         with torch.autocast(a.device.type, enabled=False):
             grams += [a @ a.t(), b.t() @ b]
     device = grams[0].device
-    distances = [torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], out=torch.empty_like(gram))) for gram in grams]
+    distances = [
+        torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], out=torch.empty_like(gram))) for gram in grams
+    ]
     return torch.stack([distance.to(device) for distance in distances]).mean()

@@ -57,7 +57,18 @@ class AdaLoraConfig(LoraConfig):
     peft_type: ClassVar[str] = "ADALORA"
     default_targets: ClassVar[dict[str, tuple[str, ...] | str]] = ADALORA_TARGETS
     shown_elsewhere: ClassVar[frozenset[str]] = LoraConfig.shown_elsewhere | {
-        *("r", "use_rslora", "alpha_pattern", "rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
+        *(
+            "r",
+            "use_rslora",
+            "alpha_pattern",
+            "rank_pattern",
+            "target_r",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+        ),
         *("orth_reg_weight", "total_step"),
     }
 
@@ -69,7 +80,7 @@ class AdaLoraConfig(LoraConfig):
     """Steps before the ranks begin to fall."""
     tfinal: int = 0
     """Steps at the end in which the ranks stay as they are."""
-    deltaT: int = 1  # noqa: N815 - PEFT's name
+    deltaT: int = 1
     """Steps between two allocations of the ranks."""
     beta1: float = 0.85
     """Share of the past in the running mean of the sensitivity."""
@@ -133,7 +144,9 @@ class AdaLoraConfig(LoraConfig):
                 f"AdaLoraConfig: expected rank_pattern with a list of bools for each module, got {str(pattern)[:80]}; it is "
                 "written by the training"
             )
-        return {re.sub(r"\.lora_E\.[^.]+$", ".lora_E", key): row for key, row in pattern.items()}  # PEFT's may name the adapter
+        return {
+            re.sub(r"\.lora_E\.[^.]+$", ".lora_E", key): row for key, row in pattern.items()
+        }  # PEFT's may name the adapter
 
     # -- what the method does -------------------------------------------------------------------------------------------
 
@@ -238,7 +251,9 @@ class AdaLoraConfig(LoraConfig):
             if len(row) == expected[key].shape[dim]:
                 shape = (len(row), tensor.shape[1]) if dim == 0 else (tensor.shape[0], len(row))
                 full[key] = tensor.new_zeros(shape)
-                full[key][torch.tensor(row, dtype=torch.bool) if dim == 0 else (slice(None), torch.tensor(row))] = tensor
+                full[key][torch.tensor(row, dtype=torch.bool) if dim == 0 else (slice(None), torch.tensor(row))] = (
+                    tensor
+                )
         return full
 
     def _pruned(self):
