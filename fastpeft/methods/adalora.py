@@ -140,7 +140,7 @@ class AdaLoraConfig(LoraConfig):
     def _checked_pattern(pattern: Any) -> dict[str, list[bool]] | None:
         if not pattern:
             return None
-        rows = pattern.values() if isinstance(pattern, Mapping) else [pattern]
+        rows = pattern.values() if isinstance(pattern, Mapping) else [None]
         if not all(isinstance(row, list) and all(isinstance(kept, bool) for kept in row) for row in rows):
             raise ValueError(
                 f"AdaLoraConfig: expected rank_pattern with a list of bools for each module, got {str(pattern)[:80]}; it is "
