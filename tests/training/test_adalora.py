@@ -189,8 +189,8 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-SCHEDULES = {  # a checkpoint is at step 16 of 28
-    "while_ranks_fall": {"tinit": 2, "tfinal": 4, "deltaT": 3},
+SCHEDULES = {  # of 28 steps; the checkpoint is at 16, right after an allocation
+    "while_ranks_fall": {"tinit": 2, "tfinal": 4, "deltaT": 2},
     "before": {"tinit": 18, "tfinal": 2, "deltaT": 1},
     "after": {"tinit": 2, "tfinal": 16, "deltaT": 1},
 }
