@@ -83,6 +83,35 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
+_EXPERTS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixtral():
+    """Its experts' weights are [E, N, K] in one parameter, and its router's weight is a bare [E, K]."""
+    config = transformers.MixtralConfig(**_EXPERTS, intermediate_size=24, num_local_experts=3)
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen3_moe():
+    config = transformers.Qwen3MoeConfig(
+        **_EXPERTS, intermediate_size=24, moe_intermediate_size=20, num_experts=4, head_dim=16, decoder_sparse_step=1
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss():
+    """Its experts' weights are stored [E, K, N], and have biases."""
+    config = transformers.GptOssConfig(**_EXPERTS, intermediate_size=24, num_local_experts=3, head_dim=16)
+    return transformers.GptOssForCausalLM(config)
+
+
 def token_ids(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
     return torch.arange(rows * length).reshape(rows, length) * 7 % VOCABULARY
 
@@ -90,9 +119,17 @@ def token_ids(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
 def inputs(model) -> dict[str, torch.Tensor]:
     """Arguments of a forward pass of any model here, or of a PeftModel over one."""
     ids = token_ids()
-    return (
-        {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {"input_ids": ids}
-    )
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids[:, :5]
+    if any(hasattr(config, "num_tasks") for config in _peft_configs(model)):
+        given["task_ids"] = torch.zeros(len(ids), dtype=torch.long)
+    return given
+
+
+def _peft_configs(model) -> list:
+    """The adapters' configs of a model under Hugging Face peft, which never leaves task_ids to a default."""
+    return list(model.peft_config.values()) if type(model).__module__.startswith("peft.") else []
 
 
 @torch.no_grad()

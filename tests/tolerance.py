@@ -28,6 +28,9 @@ OTHER_ORDER_OF_SUMS = 1e-6
 GRADIENTS_THROUGH_A_MODEL = 1e-5
 """float32 gradients through a whole model, sums taken in another order (another library, recomputed), for `assert_close`."""
 
+DECOMPOSED_AND_PUT_TOGETHER = 2e-5
+"""A float32 matrix against the product of its factors (SVD, QR), for `assert_close`."""
+
 GRADCHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-6}
 """Arguments of `torch.autograd.gradcheck` for float64."""
 

@@ -4,7 +4,8 @@ The attribute names are PEFT's (`base_layer`, `active_adapters`, `merged_adapter
 and code written for PEFT models fit.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ def recomputes_layers(model: nn.Module) -> bool:
     return bool(getattr(model, "is_gradient_checkpointing", False) if new_name is None else new_name)
 
 
+def _finite(*tensors: torch.Tensor | None) -> bool:
+    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 class AdapterLayer(nn.Module):
     """A base module with named adapters on it. Subclasses hold the adapters' tensors and say how they act.
 
@@ -29,6 +34,8 @@ class AdapterLayer(nn.Module):
         delta_bias(name)          what merging adds to base_layer.bias, or None
         mergeable                 False where the method has no merged form
         training_tensors(name)    what a resumed training needs beside the adapter's own tensors
+    and fills
+        started_from[name]        parameters of the base that this adapter acts on, where they are not the base's own (PiSSA)
     """
 
     adapter_attributes: tuple[str, ...] = ()
@@ -43,6 +50,7 @@ class AdapterLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self.row_adapters: list[str] | None = None  # one name per item of the batch, while a mixed batch runs
+        self.started_from: dict[str, BaseParameters] = {}
         self._unmerged: BaseParameters | None = None  # the base's own, while others stand in their place
         self._merged_before_disable: list[str] = []
 
@@ -91,6 +99,7 @@ class AdapterLayer(nn.Module):
         """Take over the adapters of another wrapper of the same class and base module; all entries of a name at once."""
         for attribute in (*self.adapter_attributes, *self.settings_attributes):
             getattr(self, attribute).update(getattr(other, attribute))
+        self.started_from.update(other.started_from)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter and everything kept for it; a merged one is unmerged first."""
@@ -101,9 +110,17 @@ class AdapterLayer(nn.Module):
             if name in holder:
                 del holder[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
+        self._settle()
+        self.started_from.pop(name, None)
 
     def check_selection(self, names: Iterable[str]) -> None:
-        """Raise ValueError if these adapters cannot be active together on this module."""
+        """Raise ValueError if these adapters cannot be active, or be merged, together on this module."""
+        changed = [name for name in names if name in self.started_from]
+        if len(changed) > 1:
+            raise ValueError(
+                f"set_adapter: expected at most one adapter that starts from changed base weights, got {changed}; save them as "
+                "plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
 
     def set_adapter(self, names: str | Iterable[str], *, trainable: bool = True) -> None:
         """Make these adapters the active ones, in this order; names this layer does not have are passed over."""
@@ -114,6 +131,45 @@ class AdapterLayer(nn.Module):
             for tensor in self.adapter_tensors(name).values():
                 if isinstance(tensor, nn.Parameter):  # a full copy of a module may hold buffers too
                     tensor.requires_grad_(trainable and name in self.active_adapters)
+        self._settle()
+
+    # -- the base's parameters --------------------------------------------------------------------------------------------
+
+    def own_parameters(self) -> BaseParameters:
+        """The base's own, whether they stand in it or not."""
+        return self._unmerged or BaseParameters.of(self.base_layer)
+
+    def parameters_under(self, names: Iterable[str]) -> BaseParameters:
+        """What the adapters `names` act on: the base's own parameters, or those that one of them starts from."""
+        return next((self.started_from[name] for name in names if name in self.started_from), None) or (
+            self.own_parameters()
+        )
+
+    def _settle(self) -> None:
+        """Let the base hold what the active adapters act on; its own where adapters are off. Merged weights stay."""
+        if self.merged_adapters:
+            return
+        acting = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.started_from]
+        if acting:
+            own = self.own_parameters()
+            self.started_from[acting[0]].install(self.base_layer)
+            self._unmerged = own
+        elif self._unmerged is not None:
+            self._unmerged.install(self.base_layer)
+            self._unmerged = None
+
+    @contextlib.contextmanager
+    def own_parameters_in_place(self) -> Iterator[None]:
+        """Inside, the base holds its own parameters, whatever is merged or active."""
+        if self._unmerged is None:
+            yield
+            return
+        standing = BaseParameters.of(self.base_layer)
+        self._unmerged.install(self.base_layer)
+        try:
+            yield
+        finally:
+            standing.install(self.base_layer)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Off gives the base module's own bits, also when adapters were merged into it."""
@@ -121,6 +177,7 @@ class AdapterLayer(nn.Module):
             self._merged_before_disable = list(self.merged_adapters)
             self.unmerge()
         self.disable_adapters = not enabled
+        self._settle()
         if enabled and self._merged_before_disable:
             names, self._merged_before_disable = self._merged_before_disable, []
             self.merge(names)
@@ -170,15 +227,23 @@ class AdapterLayer(nn.Module):
         if not new:
             return
         self.check_mergeable()
-        own = self._unmerged or BaseParameters.of(self.base_layer)
         names = [*self.merged_adapters, *new]
-        weight, bias = self.merged_tensors(names, own.dense(), own.bias)
-        if safe_merge and not all(t is None or bool(t.isfinite().all()) for t in (weight, bias)):
+        self.check_selection(names)
+        own, start = self.own_parameters(), self.parameters_under(names)
+        weight, bias = self.merged_tensors(names, start.dense(), start.bias)
+        if safe_merge and not _finite(weight, bias):
             raise ValueError(
                 f"merge: the sum of the base weight and {names} has values that are not finite; not merged"
             )
-        own.with_values(weight, bias).install(self.base_layer)
+        start.with_values(weight, bias).install(self.base_layer)
         self._unmerged, self.merged_adapters = own, names
+
+    def merges_finite(self, adapter_names: Iterable[str]) -> bool:
+        """True if every value of the base would be finite with these adapters, and those that are merged, in it."""
+        new = [name for name in adapter_names if name in self.adapter_names and name not in self.merged_adapters]
+        names = [*self.merged_adapters, *new]
+        start = self.parameters_under(names)
+        return not names or _finite(*self.merged_tensors(names, start.dense(), start.bias))
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str], weight: torch.Tensor, bias: torch.Tensor | None):
@@ -205,14 +270,18 @@ class AdapterLayer(nn.Module):
         return weight, bias
 
     def unmerge(self) -> None:
-        """Put the base module's own parameters back, bit for bit."""
-        if self._unmerged is not None:
+        """Put back what stood in the base module before the merge, bit for bit."""
+        if self.merged_adapters:
+            self.merged_adapters = []
             self._unmerged.install(self.base_layer)
-            self._unmerged, self.merged_adapters = None, []
+            self._unmerged = None
+            self._settle()
 
     def bake(self, names: Iterable[str] | None) -> nn.Module:
         """The base module with the adapters merged in for good: what `merge_and_unload` puts in this wrapper's place."""
         self.merge(names)
+        if not self.merged_adapters and self._unmerged is not None:
+            self._unmerged.install(self.base_layer)
         self._unmerged, self.merged_adapters = None, []
         return self.base_layer
 
@@ -265,6 +334,9 @@ class ModulesToSaveWrapper(AdapterLayer):
 
     def merge(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """Nothing to add: the copy is used as it is."""
+
+    def merges_finite(self, adapter_names: Iterable[str]) -> bool:
+        return True
 
     def bake(self, names: Iterable[str] | None) -> nn.Module:
         wanted = self.active_adapters if names is None else [name for name in names if name in self.modules_to_save]

@@ -6,17 +6,18 @@
 Source:  Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353
 """
 
-import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastpeft.layers import shared_input
-from fastpeft.layers.base_weight import BaseParameters, compute_dtype
+from fastpeft.layers.base_weight import compute_dtype
 from fastpeft.layers.linear_adapter import LinearAdapter, tensor_factory
 from fastpeft.layers.lora_embedding import LoRAEmbedding
-from fastpeft.layers.lora_settings import InitLoraWeights, LoRALayer
+from fastpeft.layers.lora_init import InitLoraWeights, initialise
+from fastpeft.layers.lora_settings import LoRALayer
 from fastpeft.layers.row_adapters import lora_linear_layer
 from fastpeft.ops.dora import EPS, dora_linear
 from fastpeft.ops.dora_torch import row_norm, row_squares
@@ -46,8 +47,7 @@ class LoRALinear(LoRALayer, LinearAdapter):
     Dtypes:  A, B, m are float32 over a float16, bfloat16 or quantised base (autocast_adapter_dtype), else the base's dtype.
              They are rounded to x's dtype for the products; exact=True takes these in float32: ops/lora_group.py has the errors
     Grads:   x, A, B, m, lora_bias, and the base's bias if it requires one; the base's weight is frozen
-    Init:    True: A Kaiming-uniform, B zero (the wrapped module's function is unchanged); "gaussian": A ~ N(0, 1/r), B zero;
-             False: both Kaiming-uniform. m = ||W + s B A||_row
+    Init:    lora_init.py has the choices; True: A Kaiming-uniform, B zero. m = ||W + s B A||_row
     impl:    implementation of the op: "auto", "torch", "triton", "reference"
     Sharing: linears that are called one after another with one input are computed together (shared_input.py)
     Raises:  TypeError for a base module that is not linear; ValueError for r < 1 or dropout outside [0, 1)
@@ -71,6 +71,7 @@ class LoRALinear(LoRALayer, LinearAdapter):
         use_dora: bool = False,
         lora_bias: bool = False,
         init_lora_weights: InitLoraWeights = True,
+        loftq_config: dict | None = None,
         autocast_adapter_dtype: bool = True,
         impl: str = "auto",
         exact: bool = False,
@@ -86,9 +87,19 @@ class LoRALinear(LoRALayer, LinearAdapter):
         self.lora_A = nn.ModuleDict({adapter_name: nn.Linear(k, r, bias=False, **factory)})
         self.lora_B = nn.ModuleDict({adapter_name: nn.Linear(r, n, bias=lora_bias, **factory)})
         self.lora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()})
-        self._reset(adapter_name, init_lora_weights)
         self.lora_magnitude_vector = nn.ModuleDict()
         self._row_squares: tuple | None = None
+        start = initialise(
+            base_layer,
+            self.lora_A[adapter_name],
+            self.lora_B[adapter_name],
+            init_lora_weights,
+            self.scaling[adapter_name],
+            loftq_config or {},
+        )
+        if start is not None:
+            self.started_from[adapter_name] = start
+        self.set_adapter(adapter_name)
         if use_dora:
             self.lora_magnitude_vector[adapter_name] = Magnitude(
                 self._initial_magnitude(adapter_name, factory["dtype"])
@@ -96,19 +107,12 @@ class LoRALinear(LoRALayer, LinearAdapter):
         self.freeze_base()
         self.set_adapter(adapter_name)
 
-    def _reset(self, name: str, init_lora_weights: InitLoraWeights) -> None:
-        a, b = self.lora_A[name], self.lora_B[name]
-        if init_lora_weights is False:
-            return  # nn.Linear has drawn both already
-        if init_lora_weights is True:
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-        elif init_lora_weights == "gaussian":
-            nn.init.normal_(a.weight, std=1 / self.r[name])
-        else:
-            raise ValueError(f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}")
-        nn.init.zeros_(b.weight)
-        if b.bias is not None:
-            nn.init.zeros_(b.bias)
+    @property
+    def delta_is_transposed(self) -> bool:
+        return self.fan_in_fan_out
+
+    def lora_pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight
 
     @torch.no_grad()
     def _initial_magnitude(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -132,6 +136,17 @@ class LoRALinear(LoRALayer, LinearAdapter):
         super().delete_adapter(name)
         if name in self.lora_magnitude_vector:
             del self.lora_magnitude_vector[name]
+
+    def check_selection(self, names: Iterable[str]) -> None:
+        names = list(names)
+        super().check_selection(names)
+        changed = [name for name in names if name in self.started_from]
+        others = [name for name in names if name in self.lora_magnitude_vector and name not in changed]
+        if changed and others:
+            raise ValueError(
+                f"set_adapter: expected {changed[0]!r}, which starts from changed base weights, without DoRA beside it, got "
+                f"{others}: its gain is for the base's own weights"
+            )
 
     # -- what goes into the op --------------------------------------------------------------------------------------------
 
@@ -261,7 +276,7 @@ class LoRALinear(LoRALayer, LinearAdapter):
         wide = torch.promote_types(a.dtype, torch.float32)
         delta = (b.to(wide) @ a.to(wide)).mul_(self.scaling[name])
         if name in self.lora_magnitude_vector:
-            own = (self._unmerged or BaseParameters.of(self.base_layer)).dense()
+            own = self.parameters_under([name]).dense()
             wide = torch.promote_types(wide, own.dtype)
             w = (own.t() if self.fan_in_fan_out else own).to(wide)
             v = w + delta.to(wide)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastpeft.layers.linear_adapter import tensor_factory
-from fastpeft.layers.lora_settings import InitLoraWeights, LoRALayer
+from fastpeft.layers.lora_init import InitLoraWeights
+from fastpeft.layers.lora_settings import LoRALayer
 
 
 class LoRAEmbedding(LoRALayer):
@@ -19,11 +20,13 @@ class LoRAEmbedding(LoRALayer):
         y = W[ids] + s (A^T)[ids] B^T,    times the base's own embed_scale where it has one (Gemma 3)
 
     Shapes:  ids [...] integers below V -> y [..., D]; A [r, V], B [D, r]
-    Init:    True: A zero, B ~ N(0, 1) as in PEFT (the wrapped module's function is unchanged); False: both ~ N(0, 1)
+    Init:    True: A zero, B ~ N(0, 1) as in PEFT (the wrapped module's function is unchanged); False: both ~ N(0, 1);
+             what starts a linear module in another way starts an embedding as True does
     Raises:  TypeError for a base module that is not an nn.Embedding; ValueError for r < 1
     """
 
     adapter_attributes = ("lora_embedding_A", "lora_embedding_B")
+    delta_is_transposed = True
 
     def __init__(
         self,
@@ -47,6 +50,9 @@ class LoRAEmbedding(LoRALayer):
         self.lora_embedding_B = nn.ParameterDict({adapter_name: nn.Parameter(torch.randn(dim, r, **factory))})
         base_layer.weight.requires_grad_(False)
         self.set_adapter(adapter_name)
+
+    def lora_pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
     def compute(self, names: list[str], ids: torch.Tensor) -> torch.Tensor:
         """The base's rows, with the updates of these adapters."""

@@ -85,16 +85,17 @@ def named_items(
 ) -> Iterator[None]:
     """Inside, item i of a batch goes through the adapter names[i] in all `layers` of `model`.
 
-    known: the adapters there are; biased: those that trained biases of the base
-    Raises:  ValueError for an unknown name; NotImplementedError for an adapter with trained biases, which the whole batch
-             would share, and with gradient checkpointing, which computes layers again after this has ended
+    known: the adapters there are; biased: those that trained biases of the base, or have a prompt
+    Raises:  ValueError for an unknown name; NotImplementedError for an adapter with trained biases or a prompt, which the
+             whole batch would share, and with gradient checkpointing, which computes layers again after this has ended
     """
     unknown = sorted(set(names) - {BASE} - set(known))
     if unknown:
         raise ValueError(f"adapter_names: expected {sorted(known)} or {BASE!r}, got {unknown}")
     if set(names) & set(biased):
         raise NotImplementedError(
-            f"adapter_names: expected adapters without trained biases, got {sorted(set(names) & set(biased))}"
+            f"adapter_names: expected adapters that leave the base as it is, got {sorted(set(names) & set(biased))}, which "
+            "trained biases, have a prompt, or changed base weights; run each by itself"
         )
     if torch.is_grad_enabled() and model.training and recomputes_layers(model):
         raise NotImplementedError(

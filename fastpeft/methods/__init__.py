@@ -5,18 +5,30 @@ METHODS maps the `peft_type` of an adapter_config.json to the config class. A ne
 
 from fastpeft.methods.bitfit import BitFitConfig
 from fastpeft.methods.boft import BOFTConfig
+from fastpeft.methods.bottleneck import BottleneckConfig
 from fastpeft.methods.config import PeftConfig
+from fastpeft.methods.fusion import FusionConfig
 from fastpeft.methods.ia3 import IA3Config
 from fastpeft.methods.layernorm_tuning import LNTuningConfig
 from fastpeft.methods.lora import LoraConfig
+from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from fastpeft.methods.oft import OFTConfig
+from fastpeft.methods.p_tuning import PromptEncoderConfig
+from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+from fastpeft.methods.prompt_tuning import PromptTuningConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "BITFIT": BitFitConfig,
     "BOFT": BOFTConfig,
+    "BOTTLENECK": BottleneckConfig,
+    "FUSION": FusionConfig,
     "IA3": IA3Config,
     "LN_TUNING": LNTuningConfig,
     "LORA": LoraConfig,
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuningConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
     "OFT": OFTConfig,
 }
 

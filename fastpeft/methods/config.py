@@ -34,6 +34,8 @@ class PeftConfig:
     """What stands before a module's path in the name of a tensor on disk."""
     known_to_peft: ClassVar[bool] = True
     """False for a method that PEFT lacks, whose adapters it cannot load."""
+    works_with_checkpointing: ClassVar[bool] = True
+    """False for a method that cannot be trained with gradient checkpointing."""
     # Fields that PEFT writes and this method does not have, with the values that mean "not used".
     unsupported: ClassVar[dict[str, tuple]] = {}
     # Fields in which two configs of the same tensors may differ: origin, training, and ways to name the same modules.
@@ -59,6 +61,10 @@ class PeftConfig:
         """Names of the heads that are trained in full for this task type, where the model has them."""
         return list(HEAD_NAMES.get(self.task_type, ()))
 
+    def needed_adapters(self) -> list[str]:
+        """Names of other adapters that this one acts through; they have to be in the model first."""
+        return []
+
     # -- what a method does ---------------------------------------------------------------------------------------------
 
     def for_model(self, model: nn.Module) -> "PeftConfig":
@@ -73,8 +79,11 @@ class PeftConfig:
         """A new wrapper of `module` with one adapter; the model that holds the module is not changed."""
         raise NotImplementedError
 
-    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool) -> PromptLayer | None:
-        """What a prompt method puts before the model's input or keys; None for a method that wraps modules."""
+    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool, fresh: bool) -> PromptLayer | None:
+        """What a prompt method puts before the model's input or keys; None for a method that wraps modules.
+
+        fresh: draw initial values as the config says; else a saved prompt is about to be loaded
+        """
         return None
 
     def trained_parameters(

@@ -48,7 +48,8 @@ class TargetedConfig(PeftConfig):
         self.target_modules = self._names("target_modules", may_be_pattern=True)
         self.exclude_modules = self._names("exclude_modules", may_be_pattern=True)
         self.modules_to_save = self._names("modules_to_save")
-        if self.target_modules is not None and not self.target_modules:
+        empty = self.target_modules is not None and not self.target_modules
+        if empty and not getattr(self, "target_parameters", None):
             raise ValueError(f"{type(self).__name__}: expected target_modules with at least one name, got an empty one")
 
     def _names(self, field: str, *, may_be_pattern: bool = False) -> list[str] | str | None:

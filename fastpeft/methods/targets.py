@@ -52,17 +52,32 @@ class NoTargetError(ValueError):
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model as it was before any adapter: a wrapper stands under its path as the module it wraps.
 
-    A module that is registered under several paths comes once per path.
+    A module that is registered under several paths comes once per path. What is inside a wrapped module stands under the
+    path that it had there; nothing inside a module with copies (modules_to_save) is listed.
     """
+    for path, module in _as_before(model, remove_duplicate=False):
+        yield path, module.get_base_layer() if isinstance(module, AdapterLayer) else module
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """(path, wrapper) of every wrapped module, by the paths of base_modules; a shared one once, under its first path."""
+    for path, module in _as_before(model, remove_duplicate=True):
+        if isinstance(module, AdapterLayer):
+            yield path, module
+
+
+def _as_before(model: nn.Module, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without what wrappers hold, but for what is inside their bases, under the paths without wrappers."""
     wrapped: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(path.startswith(prefix) for prefix in wrapped):
-            continue
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        outer = [prefix for prefix in wrapped if path.startswith(prefix)]
+        if any(path == prefix + "base_layer" or not path.startswith(f"{prefix}base_layer.") for prefix in outer):
+            continue  # the base itself stands under its wrapper's path; the rest is the adapters'
         if isinstance(module, AdapterLayer):
             wrapped.append(f"{path}.")
-            yield path, module.get_base_layer()
-        else:
-            yield path, module
+        for prefix in sorted(outer, key=len, reverse=True):
+            path = prefix + path.removeprefix(f"{prefix}base_layer.")
+        yield path, module
 
 
 def names_module(target: str, path: str) -> bool:
@@ -181,6 +196,40 @@ def paths_of_saved_modules(model: nn.Module, names: Iterable[str], optional: Ite
     if missing:
         raise NoTargetError(_missing_message(missing, modules, "modules_to_save"))
     return [path for path, _ in _unique((p, m) for p, m in modules if any(names_module(n, p) for n in names))]
+
+
+def parameters_named(path: str, module: nn.Module, names: Iterable[str]) -> list[str]:
+    """The module's own parameters that target_parameters mean, such as "experts.gate_up_proj", in the module's order."""
+    names = list(names)
+    return [
+        parameter
+        for parameter, _ in module.named_parameters(recurse=False)
+        if any(names_module(name, f"{path}.{parameter}") for name in names)
+    ]
+
+
+def owners_of_parameters(model: nn.Module, names: Iterable[str], *, strict: bool = True) -> list[str]:
+    """Paths of the modules that hold the parameters named by target_parameters.
+
+    Raises:  NoTargetError if a name matches nothing (strict), or all together match nothing
+    """
+    modules, names = list(base_modules(model)), list(names)
+    found = {
+        name: [path for path, module in _unique(modules) if parameters_named(path, module, [name])] for name in names
+    }
+    missing = [name for name, paths in found.items() if not paths]
+    if missing and (strict or len(missing) == len(names)):
+        held = dict.fromkeys(
+            f"{path.rpartition('.')[2]}.{name}"
+            for path, module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        )
+        raise NoTargetError(
+            f"target_parameters: no parameter is named {_shown(missing)}; parameters with three dimensions are {list(held)}"
+        )
+    wanted = {path for paths in found.values() for path in paths}
+    return [path for path, _ in _unique(modules) if path in wanted]
 
 
 def names_peft_agrees_on(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -14,8 +14,11 @@ from fastpeft.checkpoint import adapter_folder, read_config, write_adapter
 from fastpeft.layers.base_weight import is_linear_4bit, weight_shape
 from fastpeft.methods.config import PeftConfig
 from fastpeft.model.loading import install, load_into
+from fastpeft.model.plain_lora import as_plain_lora
 from fastpeft.model.preparation import require_input_gradients
+from fastpeft.ops.mixing import MajoritySign
 from fastpeft.tuner import Tuner
+from fastpeft.tuner.mixing import Mixture, prepare_mixture
 
 DEFAULT_ADAPTER = "default"
 
@@ -57,8 +60,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args, adapter_names: Iterable[str] | None = None, **kwargs):
         """The base model's generate; adapter_names as in forward."""
-        with self.base_model.adapters_per_item(adapter_names), self.base_model.generation():
-            return self.get_base_model().generate(*args, **kwargs)
+        with self.base_model.adapters_per_item(adapter_names):
+            return self.base_model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""
@@ -96,6 +99,41 @@ class PeftModel(nn.Module):
         """
         injection = self.base_model.prepare(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         install(self.base_model, injection)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
+    ) -> None:
+        """Add a LoRA adapter that is a mixture of others; the active ones stay active.
+
+        combination_type  "cat" and "svd" give sum of w_i s_i B_i A_i (svd: at its best rank svd_rank; cat: at the sum of the
+                          ranks), "linear" sums A and B one by one. "ties", "dare_linear", "dare_ties" and "magnitude_prune"
+                          keep a share `density` of the values, as ops/mixing.py says; each has a form with "_svd", which
+                          works on the products B A
+        Raises:  ValueError for an unknown name or value, and adapters that are more than s B A (DoRA, lora_bias, trained
+                 biases, changed base weights); NotImplementedError for other methods. The model is then unchanged
+        """
+        mixture = Mixture(
+            list(adapters),
+            list(weights),
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
+        )
+        install(self.base_model, prepare_mixture(self.base_model, mixture, adapter_name))
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several whose updates add up; the others are frozen and do not act."""
@@ -195,11 +233,17 @@ class PeftModel(nn.Module):
     # -- files ----------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, selected_adapters: Iterable[str] | None = None, **_: Any
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: Iterable[str] | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike | bool | None = None,
+        **_: Any,
     ) -> None:
         """Write the adapters in PEFT's format: "default" into the folder itself, any other into a subfolder of its name.
 
         The adapter's tensors only; other keyword arguments of transformers' save_pretrained are accepted and unused.
+        path_initial_model_for_weight_conversion: write plain LoRA of twice the rank, which needs no change of the base
+        weights, in place of PiSSA, OLoRA or LoftQ (plain_lora.py); True, or a folder with the adapter as it was at its start
         Raises:  OSError if the folder cannot be written; what was there before is then untouched
         """
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
@@ -211,6 +255,11 @@ class PeftModel(nn.Module):
             folder = root if name == DEFAULT_ADAPTER else root / name
             config = dataclasses.replace(self.peft_config[name], inference_mode=True)
             tensors = config.to_disk(self.base_model.adapter_tensors(name))
+            if path_initial_model_for_weight_conversion:
+                initial = path_initial_model_for_weight_conversion
+                config, tensors = as_plain_lora(
+                    self.base_model, name, config, tensors, None if initial is True else initial
+                )
             write_adapter(folder, config.to_dict(), tensors, self.base_model.training_tensors(name))
 
     @classmethod

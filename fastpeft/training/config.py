@@ -72,11 +72,15 @@ class DataConfig:
         roles = ("text", "text_pair", "label", "prompt", "response", "messages")
         return {role: getattr(self, f"{role}_column") for role in roles}
 
-    def text_format(self, longest: int | None) -> TextFormat:
-        """How text becomes tokens for a model with `longest` positions (None: no bound)."""
-        if self.max_length is not None and longest is not None and self.max_length > longest:
-            raise ValueError(f"max_length: expected at most the model's {longest} positions, got {self.max_length}")
-        default = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions (None: no bound), of which `taken` are not for text."""
+        room = None if longest is None else longest - taken
+        if room is not None and (room < 1 or (self.max_length or 1) > room):
+            less = f" less the prompt's {taken}" if taken else ""
+            raise ValueError(
+                f"max_length: expected at most the model's {longest} positions{less}, got {self.max_length}"
+            )
+        default = min(DEFAULT_MAX_LENGTH, room or DEFAULT_MAX_LENGTH)
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)
 
 
@@ -123,6 +127,10 @@ class TrainConfig(DataConfig):
     """Optimizer steps; if positive, instead of num_train_epochs."""
     learning_rate: float | None = None
     """Peak learning rate; default: what suits the method and the model's size (fastpeft.training.guidance)."""
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of LoRA's B over A's (LoRA+); default: one rate for both. 16 is a common choice, with a smaller rate."""
+    loraplus_lr_embedding: float = 1e-6
+    """Learning rate of LoRA on embeddings with loraplus_lr_ratio."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.06
@@ -195,11 +203,18 @@ class TrainConfig(DataConfig):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("weight_decay", "max_grad_norm", "examples", "seed"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        rate = self.learning_rate
-        _check(rate is None or rate > 0, "learning_rate", "more than 0, or none", rate)
+        for name in ("learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, "more than 0, or none", value)
         _check(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", "0 <= ratio <= 1", self.warmup_ratio)
         _check(
             self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "more than 0", self.num_train_epochs
+        )
+        _check(
+            self.peft.works_with_checkpointing or not self.gradient_checkpointing,
+            "gradient_checkpointing",
+            f"False with {self.peft.peft_type}, whose trained keys stand in the cache that it switches off",
+            self.gradient_checkpointing,
         )
         _check(not (self.overwrite and self.resume), "overwrite, resume", "at most one of them", "both")
 
@@ -212,6 +227,17 @@ class TrainConfig(DataConfig):
     def peft_config(self, task: str) -> PeftConfig:
         """The adapter's config with the task type filled in: it decides which head is trained and saved."""
         return dataclasses.replace(self.peft, task_type=self.peft.task_type or TASK_TYPES[task])
+
+    def loraplus(self) -> dict[str, float] | None:
+        """LoRA+'s rates, or None where A and B learn alike."""
+        if self.loraplus_lr_ratio is None:
+            return None
+        names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
+        return {name: getattr(self, name) for name in names}
+
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions, of which a prompt takes the first."""
+        return super().text_format(longest, taken + getattr(self.peft, "num_virtual_tokens", 0))
 
     def base_options(self) -> BaseOptions:
         """How the base model is held."""

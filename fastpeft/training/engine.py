@@ -160,6 +160,7 @@ class _Run:
             self.model,
             self.arguments,
             info=self.info,
+            loraplus=self.config.loraplus(),
             data_collator=Collator(self.tokenizer),
             train_dataset=self.splits["train"].features,
             eval_dataset=None if validation is None else sorted_by_length(validation.features),

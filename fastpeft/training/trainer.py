@@ -3,6 +3,7 @@
 What differs from transformers.Trainer, and why:
 - It reads the base model's class and forward signature (labels, loss arguments, columns); the wrapper's forward has none.
 - A checkpoint holds the adapter instead of the model, and loading one loads the adapter.
+- The loss of a causal LM with a prompt is the mean over its tokens, of which the first follows the prompt.
 - Batches grouped by length are drawn from (seed, epoch) alone, and an evaluation leaves the random state as it found it:
   a run that is resumed continues bit for bit.
 """
@@ -20,6 +21,7 @@ import transformers
 from torch.utils.data import Sampler, SequentialSampler
 
 from fastpeft.model import PeftModel
+from fastpeft.training.loraplus import create_loraplus_optimizer
 from fastpeft.training.run_folder import TrainingInfo
 from fastpeft.training.tokenise import IGNORED
 
@@ -37,10 +39,19 @@ class Trainer(transformers.Trainer):
     """transformers.Trainer that trains a fastpeft.PeftModel; any other model passes through unchanged.
 
     `info`, if given, is written into every checkpoint, so that a checkpoint can be evaluated and used like the result.
+    `loraplus`, if given, are keyword arguments of create_loraplus_optimizer, which then makes the optimizer.
     """
 
-    def __init__(self, model: torch.nn.Module, args: Any = None, *, info: TrainingInfo | None = None, **kwargs: Any):
-        self.info = info
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: Any = None,
+        *,
+        info: TrainingInfo | None = None,
+        loraplus: dict[str, float] | None = None,
+        **kwargs: Any,
+    ):
+        self.info, self.loraplus = info, loraplus
         is_wrapped = isinstance(model, PeftModel)
         with _known_to_have_adapters(model.get_base_model() if is_wrapped else model, is_wrapped) as base:
             super().__init__(base, args, **kwargs)
@@ -118,6 +129,32 @@ class Trainer(transformers.Trainer):
             super()._set_signature_columns_if_needed()
         finally:
             self.model = wrapped
+        if isinstance(wrapped, PeftModel) and "task_ids" not in self._signature_columns:
+            self._signature_columns.append("task_ids")  # of multitask prompts; the base model's forward has none
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Tokens with a loss. After a prompt the first of a row has one as well."""
+        shifts = self._loss_shifts_labels
+        prompt = self.model.base_model.active_prompt() if isinstance(self.model, PeftModel) else None
+        self._loss_shifts_labels = shifts and not (prompt is not None and prompt.lengthens_input)
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self._loss_shifts_labels = shifts
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.loraplus is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        trained = self.model if model is None else model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or "params" in options:
+            raise ValueError(
+                f"loraplus: expected an optimizer that takes parameter groups, got optim={self.args.optim}"
+            )
+        self.optimizer = create_loraplus_optimizer(
+            trained, kind, loraplus_weight_decay=self.args.weight_decay, **options | self.loraplus
+        )
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -4,6 +4,7 @@ An adapter is built beside the model first (`prepare`) and only then installed, 
 module or a checkpoint of another model is found before anything has changed.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,14 @@ from fastpeft.layers.prompt import PromptLayer
 from fastpeft.layers.row_adapters import named_items
 from fastpeft.layers.shared_input import link_siblings
 from fastpeft.methods.config import PeftConfig
-from fastpeft.methods.targets import base_modules, is_inside, paths_of_saved_modules
+from fastpeft.methods.targets import adapter_layers, base_modules, is_inside, paths_of_saved_modules
 from fastpeft.tuner.injection import Injection, disk_tensors
 from fastpeft.tuner.trained_parameters import TrainedParameters
+
+
+def _restore_flags(requires_grad: dict[nn.Parameter, bool]) -> None:
+    for parameter, flag in requires_grad.items():
+        parameter.requires_grad_(flag)
 
 
 class Adapters(nn.Module):
@@ -46,12 +52,20 @@ class Adapters(nn.Module):
 
     def forward(self, *args, **kwargs):
         prompt = self.active_prompt()
-        return self.model(*args, **kwargs) if prompt is None else prompt.call(self.model, args, kwargs)
+        if prompt is not None:
+            return prompt.call(self.model, args, kwargs)
+        if len(self.prompts):
+            kwargs.pop("task_ids", None)  # of a multitask prompt that is not active
+        return self.model(*args, **kwargs)
 
-    def generation(self) -> AbstractContextManager:
-        """Inside, the model's generate uses the active adapter's prompt, if it has one."""
+    def generate(self, *args, **kwargs):
+        """The model's generate, with the active adapter's prompt if it has one."""
         prompt = self.active_prompt()
-        return nullcontext() if prompt is None else prompt.generation(self.model)
+        if prompt is not None:
+            return prompt.generate(self.model, args, kwargs)
+        if len(self.prompts):
+            kwargs.pop("task_ids", None)
+        return self.model.generate(*args, **kwargs)
 
     def active_prompt(self) -> PromptLayer | None:
         """The prompt of the active adapter, or None: no prompt method, or adapters are off."""
@@ -61,9 +75,7 @@ class Adapters(nn.Module):
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path, wrapper) of every wrapped module; a shared one once, under its first path."""
-        for path, module in self.model.named_modules():
-            if isinstance(module, AdapterLayer):
-                yield path, module
+        yield from adapter_layers(self.model)
 
     # -- adding ---------------------------------------------------------------------------------------------------------
 
@@ -86,9 +98,18 @@ class Adapters(nn.Module):
             )
         if not name or "." in name:
             raise ValueError(f"add_adapter: expected a name without dots, got {name!r}")
+        missing = [other for other in config.needed_adapters() if other not in self.peft_config]
+        if missing:
+            raise ValueError(
+                f"add_adapter: {name!r} acts through the adapters {config.needed_adapters()}, of which {missing} are not "
+                "loaded; load them first, under these names"
+            )
         config = config.for_model(self.model)
         requires_grad = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(_restore_flags, requires_grad)
+            for _, layer in self.layers():  # what is read off a weight is read off the base's own
+                stack.enter_context(layer.own_parameters_in_place())
             paths = config.target_paths(self.model, strict=strict)
             modules = dict(base_modules(self.model))
             layers = {path: config.wrap(path, modules[path], name, autocast_adapter_dtype) for path in paths}
@@ -97,11 +118,8 @@ class Adapters(nn.Module):
             copied = [path for path, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)]
             parameters = config.trained_parameters(modules, [path for path in layers if path not in copied], copied)
             self._check_trained(name, config, parameters)
-            prompt = config.make_prompt(self.model, autocast_adapter_dtype)
+            prompt = config.make_prompt(self.model, autocast_adapter_dtype, fresh=strict)
             return Injection(name, config.resolved(self.model, paths), layers, parameters, prompt)
-        finally:
-            for parameter, flag in requires_grad.items():
-                parameter.requires_grad_(flag)
 
     def _copies(self, name, config, modules, strict, saved_paths) -> dict[str, AdapterLayer]:
         """A trained copy of every module to save. One memo for all: weights that are tied stay tied among the copies."""
@@ -200,7 +218,7 @@ class Adapters(nn.Module):
         if injection.parameters:
             self._put_trained(self.active_adapters)
         if injection.prompt is not None:
-            self.prompts[injection.name] = injection.prompt.requires_grad_(False)
+            self.prompts[injection.name] = injection.prompt.requires_grad_(False).train(self.model.training)
         self.peft_config[injection.name] = injection.config
         link_siblings(self.model)
 
@@ -266,7 +284,8 @@ class Adapters(nn.Module):
         if names is None:
             return nullcontext()
         shared = [name for name, parameters in self._trained_of.items() if parameters.trained()]
-        whole = [*shared, *self.prompts]
+        started = [name for _, layer in self.layers() for name in layer.started_from]
+        whole = [*shared, *self.prompts, *dict.fromkeys(started)]
         return named_items(self.model, [layer for _, layer in self.layers()], list(names), self.peft_config, whole)
 
     def _put_trained(self, names: Iterable[str]) -> None:
@@ -298,8 +317,14 @@ class Adapters(nn.Module):
         self._put_trained([])
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; a module whose last adapter goes stands in the model again as it was."""
+        """Remove an adapter; a module whose last adapter goes stands in the model again as it was.
+
+        Raises:  ValueError for an unknown name, or one that another adapter acts through
+        """
         self._known([name])
+        users = [other for other, config in self.peft_config.items() if name in config.needed_adapters()]
+        if users:
+            raise ValueError(f"delete_adapter: {users} act through {name!r}; delete them first")
         owners = self._owners()
         for _, layer in list(self.layers()):
             layer.delete_adapter(name)

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from torch import nn
 
 from fastpeft.layers.adapter import ModulesToSaveWrapper
-from fastpeft.layers.base_weight import BaseParameters
 from fastpeft.tuner.adapters import Adapters
 
 
@@ -63,18 +62,16 @@ class Tuner(Adapters):
         for _, layer in self.layers():
             if any(name in layer.adapter_names for name in names):
                 layer.check_mergeable()
+                if not isinstance(layer, ModulesToSaveWrapper):  # of several copies the first is taken
+                    layer.check_selection([*layer.merged_adapters, *names])
         return names
 
     def _check_finite(self, names: list[str]) -> None:
         for path, layer in self.layers():
-            merging = [name for name in names if name in layer.adapter_names]
-            if merging and not isinstance(layer, ModulesToSaveWrapper):
-                own = BaseParameters.of(layer.get_base_layer())
-                merged = layer.merged_tensors(merging, own.dense(), own.bias)
-                if not all(tensor is None or bool(tensor.isfinite().all()) for tensor in merged):
-                    raise ValueError(
-                        f"merge_and_unload: {path} has values that are not finite with {names}; nothing was merged"
-                    )
+            if not layer.merges_finite(names):
+                raise ValueError(
+                    f"merge_and_unload: {path} has values that are not finite with {names}; nothing was merged"
+                )
 
     def _untie(self) -> None:
         """Tell the model's config when its output embedding is not its input embedding any more."""
@@ -91,6 +88,7 @@ class Tuner(Adapters):
         self._put_trained([])
         owners = self._owners()
         for _, layer in list(self.layers()):
+            layer.set_adapter([])
             self._replace(owners, layer, layer.get_base_layer())
         self.peft_config, self.active_adapters, self._trained_of, self.disabled = {}, [], {}, False
         self.prompts = nn.ModuleDict()

@@ -229,7 +229,7 @@ def test_bfloat16_base_is_close_to_peft_and_keeps_half_as_much():
         (2, {"lora_alpha": float("nan")}, "got nan"),
         (2, {"adapter_name": "a.b"}, "'a.b'"),
         (2, {"adapter_name": ""}, "''"),
-        (2, {"init_lora_weights": "pissa"}, "'pissa'"),
+        (3, {"init_lora_weights": "orthogonal"}, "even rank"),
     ],
     ids=str,
 )

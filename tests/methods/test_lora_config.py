@@ -33,6 +33,16 @@ BAD = {
         {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h("},
         "layers_pattern",
     ),
+    "odd_rank": ({"init_lora_weights": "orthogonal", "r": 3}, "even rank"),
+    "loftq_bits": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, "loftq_bits"),
+    "loftq_turns": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, "loftq_iter"),
+    "loftq_word": ({"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, "loftq_bits"),
+    "loftq_unused": ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+    "bias_of_a_pissa": ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias"),
+    "parameters_with_dropout": ({"target_parameters": ["a"], "lora_dropout": 0.1}, "lora_dropout"),
+    "parameters_with_dora": ({"target_parameters": ["a"], "use_dora": True}, "use_dora"),
+    "parameters_with_bias": ({"target_parameters": ["a"], "lora_bias": True}, "lora_bias"),
+    "parameters_as_text": ({"target_parameters": "a"}, "target_parameters"),
     "rank_pattern_zero": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
     "rank_pattern_list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
     "rank_pattern_broken": ({"rank_pattern": {"q_proj(": 3}}, "rank_pattern"),
@@ -51,14 +61,15 @@ def test_bad_options_are_refused_at_once(options, said):
 
 
 def test_an_unknown_initialisation_is_a_known_gap():
-    with pytest.raises(NotImplementedError, match="'pissa'"):
-        LoraConfig(init_lora_weights="pissa")
+    with pytest.raises(NotImplementedError, match="'corda'"):
+        LoraConfig(init_lora_weights="corda")
+    with pytest.raises(NotImplementedError, match="'pissa_niter_'"):
+        LoraConfig(init_lora_weights="pissa_niter_")
 
 
 UNSUPPORTED = {
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 4]],
     "alora_invocation_tokens": [1],
