@@ -242,7 +242,7 @@ RESULT = model.get_nb_trainable_parameters()
 """,
 }
 
-NOT_THERE_YET = {"adalora", "prompt_tuning", "prefix_tuning", "p_tuning", "multitask_prompt_tuning"}
+NOT_THERE_YET = {"adalora"}
 """Snippets of methods that fastpeft does not have. One that runs must be taken out: xfail is strict."""
 
 
