@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.utils.data import DataLoader
 
 from fastpeft.checkpoint import TENSORS_NAME
 from fastpeft.integrations.transformers import (
@@ -21,6 +22,7 @@ from fastpeft.integrations.transformers import (
     model_source,
 )
 from fastpeft.model import PeftModel, get_peft_model
+from fastpeft.model.eva import initialize_lora_eva_weights
 from fastpeft.training.base_model import describe_base, load_base, quantize_in_place
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.evaluate import Evaluator
@@ -76,6 +78,11 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
     align_padding(base, tokenizer)
     described = describe_base(base)
     wrapped = get_peft_model(base, config.peft_config(raw.task)).to(device)
+    if getattr(config.peft, "init_lora_weights", None) == "eva":
+        rows = DataLoader(
+            splits["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
+        )  # in their own order: a resumed run finds the same ranks
+        initialize_lora_eva_weights(wrapped, rows)
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
     run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
     with fast_float32_matmul(run.device):
