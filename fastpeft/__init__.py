@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "EvaConfig": "fastpeft.methods.lora",
-    "LoftQConfig": "fastpeft.methods.lora",
     "BOFTConfig": "fastpeft.methods.boft",
     "BitFitConfig": "fastpeft.methods.bitfit",
+    "BottleneckConfig": "fastpeft.methods.bottleneck",
+    "EvaConfig": "fastpeft.methods.lora",
+    "FusionConfig": "fastpeft.methods.fusion",
     "IA3Config": "fastpeft.methods.ia3",
     "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
+    "LoftQConfig": "fastpeft.methods.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
@@ -37,7 +39,9 @@ _EXPORTS = {
 __all__ = [
     "BOFTConfig",
     "BitFitConfig",
+    "BottleneckConfig",
     "EvaConfig",
+    "FusionConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoRAEmbedding",
@@ -66,7 +70,9 @@ if TYPE_CHECKING:
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.bitfit import BitFitConfig
     from fastpeft.methods.boft import BOFTConfig
+    from fastpeft.methods.bottleneck import BottleneckConfig
     from fastpeft.methods.config import PeftConfig
+    from fastpeft.methods.fusion import FusionConfig
     from fastpeft.methods.ia3 import IA3Config
     from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig

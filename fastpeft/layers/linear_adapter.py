@@ -26,10 +26,32 @@ def check_adapter_name(where: str, name: str) -> None:
 
 def tensor_factory(base_layer: nn.Module, autocast_adapter_dtype: bool) -> dict:
     """Where and in which dtype an adapter's tensors are made: with the base, in float32 where the base is half precision."""
-    weight = base_layer.weight
+    weight = getattr(base_layer, "weight", None)
+    if weight is None:  # a module of several linears
+        weight = next(base_layer.parameters())
     half = weight.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if (half and autocast_adapter_dtype) or not weight.is_floating_point() else weight.dtype
     return {"device": weight.device, "dtype": dtype}
+
+
+def is_plain_linear(base: nn.Module) -> bool:
+    """True if a linear base's forward is just its weight and bias: no subclass, hook, or instance override to honour."""
+    own = type(base).forward
+    own_forward = is_conv1d(base) or own is nn.Linear.forward
+    if not own_forward and is_quantized(base):
+        own_forward = own.__module__.startswith("bitsandbytes.") and not base.weight.is_floating_point()
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return own_forward and not hooked and "forward" not in base.__dict__ and not base.weight.requires_grad
+
+
+def base_product(base: nn.Module, impl: str, *args, **kwargs) -> torch.Tensor:
+    """A base module's own forward. A quantised linear goes through our product: bitsandbytes' is wrong on a CPU where
+    blocks cross rows."""
+    if not is_quantized(base) or not is_plain_linear(base):
+        return base(*args, **kwargs)
+    x, *_ = args
+    wanted = compute_dtype(base, x.dtype)
+    return frozen_linear(x.to(wanted), frozen_weight(base), base.bias, impl=impl).to(x.dtype)
 
 
 class LinearAdapter(AdapterLayer):
@@ -59,18 +81,8 @@ class LinearAdapter(AdapterLayer):
         return frozen_weight(self.base_layer)
 
     def base_is_plain(self) -> bool:
-        """True if the base's forward is just its weight and bias: no subclass, hook, or instance override to honour."""
-        base = self.base_layer
-        own = type(base).forward
-        own_forward = self.fan_in_fan_out or own is nn.Linear.forward
-        if not own_forward and is_quantized(base):
-            own_forward = own.__module__.startswith("bitsandbytes.") and not base.weight.is_floating_point()
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return own_forward and not hooked and "forward" not in base.__dict__ and not base.weight.requires_grad
+        return is_plain_linear(self.base_layer)
 
     def base_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """The base alone. A quantised one goes through our product: bitsandbytes' is wrong on a CPU where blocks cross rows."""
-        if not is_quantized(self.base_layer) or not self.base_is_plain():
-            return self.base_layer(x, *args, **kwargs)
-        wanted = compute_dtype(self.base_layer, x.dtype)
-        return frozen_linear(x.to(wanted), self.frozen_weight(), self.base_layer.bias, impl=self.impl).to(x.dtype)
+        """The base alone."""
+        return base_product(self.base_layer, self.impl, x, *args, **kwargs)

@@ -5,7 +5,9 @@ METHODS maps the `peft_type` of an adapter_config.json to the config class. A ne
 
 from fastpeft.methods.bitfit import BitFitConfig
 from fastpeft.methods.boft import BOFTConfig
+from fastpeft.methods.bottleneck import BottleneckConfig
 from fastpeft.methods.config import PeftConfig
+from fastpeft.methods.fusion import FusionConfig
 from fastpeft.methods.ia3 import IA3Config
 from fastpeft.methods.layernorm_tuning import LNTuningConfig
 from fastpeft.methods.lora import LoraConfig
@@ -14,6 +16,8 @@ from fastpeft.methods.oft import OFTConfig
 METHODS: dict[str, type[PeftConfig]] = {
     "BITFIT": BitFitConfig,
     "BOFT": BOFTConfig,
+    "BOTTLENECK": BottleneckConfig,
+    "FUSION": FusionConfig,
     "IA3": IA3Config,
     "LN_TUNING": LNTuningConfig,
     "LORA": LoraConfig,

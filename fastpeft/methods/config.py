@@ -54,6 +54,10 @@ class PeftConfig:
         """Names of the heads that are trained in full for this task type, where the model has them."""
         return list(HEAD_NAMES.get(self.task_type, ()))
 
+    def needed_adapters(self) -> list[str]:
+        """Names of other adapters that this one acts through; they have to be in the model first."""
+        return []
+
     # -- what a method does ---------------------------------------------------------------------------------------------
 
     def for_model(self, model: nn.Module) -> "PeftConfig":

@@ -38,17 +38,32 @@ class NoTargetError(ValueError):
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model as it was before any adapter: a wrapper stands under its path as the module it wraps.
 
-    A module that is registered under several paths comes once per path.
+    A module that is registered under several paths comes once per path. What is inside a wrapped module stands under the
+    path that it had there; nothing inside a module with copies (modules_to_save) is listed.
     """
+    for path, module in _as_before(model, remove_duplicate=False):
+        yield path, module.get_base_layer() if isinstance(module, AdapterLayer) else module
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """(path, wrapper) of every wrapped module, by the paths of base_modules; a shared one once, under its first path."""
+    for path, module in _as_before(model, remove_duplicate=True):
+        if isinstance(module, AdapterLayer):
+            yield path, module
+
+
+def _as_before(model: nn.Module, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without what wrappers hold, but for what is inside their bases, under the paths without wrappers."""
     wrapped: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(path.startswith(prefix) for prefix in wrapped):
-            continue
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        outer = [prefix for prefix in wrapped if path.startswith(prefix)]
+        if any(path == prefix + "base_layer" or not path.startswith(f"{prefix}base_layer.") for prefix in outer):
+            continue  # the base itself stands under its wrapper's path; the rest is the adapters'
         if isinstance(module, AdapterLayer):
             wrapped.append(f"{path}.")
-            yield path, module.get_base_layer()
-        else:
-            yield path, module
+        for prefix in sorted(outer, key=len, reverse=True):
+            path = prefix + path.removeprefix(f"{prefix}base_layer.")
+        yield path, module
 
 
 def names_module(target: str, path: str) -> bool:

@@ -19,7 +19,7 @@ from fastpeft.layers.prompt import PromptLayer
 from fastpeft.layers.row_adapters import named_items
 from fastpeft.layers.shared_input import link_siblings
 from fastpeft.methods.config import PeftConfig
-from fastpeft.methods.targets import base_modules, is_inside, paths_of_saved_modules
+from fastpeft.methods.targets import adapter_layers, base_modules, is_inside, paths_of_saved_modules
 from fastpeft.tuner.injection import Injection, disk_tensors
 from fastpeft.tuner.trained_parameters import TrainedParameters
 
@@ -67,9 +67,7 @@ class Adapters(nn.Module):
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path, wrapper) of every wrapped module; a shared one once, under its first path."""
-        for path, module in self.model.named_modules():
-            if isinstance(module, AdapterLayer):
-                yield path, module
+        yield from adapter_layers(self.model)
 
     # -- adding ---------------------------------------------------------------------------------------------------------
 
@@ -92,6 +90,12 @@ class Adapters(nn.Module):
             )
         if not name or "." in name:
             raise ValueError(f"add_adapter: expected a name without dots, got {name!r}")
+        missing = [other for other in config.needed_adapters() if other not in self.peft_config]
+        if missing:
+            raise ValueError(
+                f"add_adapter: {name!r} acts through the adapters {config.needed_adapters()}, of which {missing} are not "
+                "loaded; load them first, under these names"
+            )
         config = config.for_model(self.model)
         requires_grad = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         with contextlib.ExitStack() as stack:
@@ -305,8 +309,14 @@ class Adapters(nn.Module):
         self._put_trained([])
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; a module whose last adapter goes stands in the model again as it was."""
+        """Remove an adapter; a module whose last adapter goes stands in the model again as it was.
+
+        Raises:  ValueError for an unknown name, or one that another adapter acts through
+        """
         self._known([name])
+        users = [other for other, config in self.peft_config.items() if name in config.needed_adapters()]
+        if users:
+            raise ValueError(f"delete_adapter: {users} act through {name!r}; delete them first")
         owners = self._owners()
         for _, layer in list(self.layers()):
             layer.delete_adapter(name)

@@ -16,10 +16,10 @@ def wrap(base, is_feedforward: bool, name: str = "default", seed: int = 1):
     return layer
 
 
-def expected(base, x, l, is_feedforward):
+def expected(base, x, scales, is_feedforward):
     weight, bias = float64_parts(base)
-    l = l.detach().double().flatten()
-    return (x.double() * l) @ weight.t() + bias if is_feedforward else l * (x.double() @ weight.t() + bias)
+    l_ = scales.detach().double().flatten()
+    return (x.double() * l_) @ weight.t() + bias if is_feedforward else l_ * (x.double() @ weight.t() + bias)
 
 
 @pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "input"])

@@ -58,11 +58,16 @@ def test_a_strided_input_of_three_dimensions():
 
 
 def test_a_rotation_below_half_precision_s_resolution_is_not_lost():
-    """R rounded to bfloat16 is the identity on its diagonal and the angle is wrong; R - I is not."""
-    q = skew_from_upper(torch.tensor([[1e-3]]), 2, upper_indices(2))
-    x = torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16)
-    y = rotate_blocks(x, cayley(q))
-    assert y[0, 0].item() == pytest.approx(cayley(q)[0, 1, 0].item(), rel=torch.finfo(torch.bfloat16).eps)
+    """A cosine of 0.9982 is 1 in bfloat16, so that R rounded makes every row longer; I + (R - I) does not."""
+    r = cayley(skew_from_upper(torch.tensor([[0.03]]), 2, upper_indices(2)))
+    assert r.bfloat16()[0, 0, 0] == 1
+    x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() @ r[0].double()
+
+    def lengthened(y):
+        return ((y.double() * exact).sum() / exact.square().sum() - 1).abs()
+
+    assert lengthened(rotate_blocks(x, r)) < lengthened(x @ r[0].bfloat16()) / 4
 
 
 def test_gradients_of_the_gradient_s_formula():
