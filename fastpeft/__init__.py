@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AutoPeftModel": "fastpeft.integrations.auto",
+    "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
+    "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",
+    "AutoPeftModelForQuestionAnswering": "fastpeft.integrations.auto",
+    "AutoPeftModelForSeq2SeqLM": "fastpeft.integrations.auto",
+    "AutoPeftModelForSequenceClassification": "fastpeft.integrations.auto",
+    "AutoPeftModelForTokenClassification": "fastpeft.integrations.auto",
     "BOFTConfig": "fastpeft.methods.boft",
     "BitFitConfig": "fastpeft.methods.bitfit",
     "BottleneckConfig": "fastpeft.methods.bottleneck",
@@ -21,22 +28,57 @@ _EXPORTS = {
     "LoRALinear": "fastpeft.layers.lora",
     "LoftQConfig": "fastpeft.methods.lora",
     "LoraConfig": "fastpeft.methods.lora",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
+    "MultitaskPromptTuningConfig": "fastpeft.methods.multitask_prompt_tuning",
+    "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
     "NoTargetError": "fastpeft.methods.targets",
     "OFTConfig": "fastpeft.methods.oft",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "fastpeft.methods.by_name",
     "PeftConfig": "fastpeft.methods.config",
     "PeftModel": "fastpeft.model",
+    "PeftModelForCausalLM": "fastpeft.model.tasks",
+    "PeftModelForFeatureExtraction": "fastpeft.model.tasks",
+    "PeftModelForQuestionAnswering": "fastpeft.model.tasks",
+    "PeftModelForSeq2SeqLM": "fastpeft.model.tasks",
+    "PeftModelForSequenceClassification": "fastpeft.model.tasks",
+    "PeftModelForTokenClassification": "fastpeft.model.tasks",
+    "PeftType": "fastpeft.methods.kinds",
+    "PrefixTuningConfig": "fastpeft.methods.prefix_tuning",
+    "PromptEncoderConfig": "fastpeft.methods.p_tuning",
+    "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
+    "PromptTuningConfig": "fastpeft.methods.prompt_tuning",
+    "PromptTuningInit": "fastpeft.methods.kinds",
+    "TaskType": "fastpeft.methods.kinds",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
+    "finetune": "fastpeft.training.finetune",
+    "get_layer_status": "fastpeft.model.status",
+    "get_model_status": "fastpeft.model.status",
+    "get_peft_config": "fastpeft.methods.by_name",
     "get_peft_model": "fastpeft.model",
+    "get_peft_model_state_dict": "fastpeft.model.plain",
     "initialize_lora_eva_weights": "fastpeft.model.eva",
+    "inject_adapter_in_model": "fastpeft.model.plain",
+    "load_peft_weights": "fastpeft.model.plain",
     "lora_linear": "fastpeft.ops.lora",
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
     "quantize": "fastpeft.integrations.quantize",
+    "register_method": "fastpeft.methods.by_name",
     "replace_lora_weights_loftq": "fastpeft.integrations.loftq",
     "rescale_adapter_scale": "fastpeft.tuner.scaling",
+    "set_peft_model_state_dict": "fastpeft.model.plain",
 }
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
@@ -48,39 +90,101 @@ __all__ = [
     "LoRALinear",
     "LoftQConfig",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NoTargetError",
     "OFTConfig",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
     "__version__",
     "create_loraplus_optimizer",
+    "finetune",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
+    "inject_adapter_in_model",
+    "load_peft_weights",
     "lora_linear",
     "prepare_for_training",
     "prepare_model_for_kbit_training",
     "quantize",
+    "register_method",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "set_peft_model_state_dict",
 ]
 
 if TYPE_CHECKING:
+    from fastpeft.integrations.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
     from fastpeft.methods.bitfit import BitFitConfig
     from fastpeft.methods.boft import BOFTConfig
     from fastpeft.methods.bottleneck import BottleneckConfig
+    from fastpeft.methods.by_name import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_config, register_method
     from fastpeft.methods.config import PeftConfig
     from fastpeft.methods.fusion import FusionConfig
     from fastpeft.methods.ia3 import IA3Config
+    from fastpeft.methods.kinds import (
+        MultitaskPromptTuningInit,
+        PeftType,
+        PromptEncoderReparameterizationType,
+        PromptTuningInit,
+        TaskType,
+    )
     from fastpeft.methods.layernorm_tuning import LNTuningConfig
     from fastpeft.methods.lora import EvaConfig, LoftQConfig, LoraConfig
+    from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from fastpeft.methods.oft import OFTConfig
+    from fastpeft.methods.p_tuning import PromptEncoderConfig
+    from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+    from fastpeft.methods.prompt_tuning import PromptTuningConfig
     from fastpeft.methods.targets import NoTargetError
     from fastpeft.model import PeftModel, get_peft_model, prepare_for_training, prepare_model_for_kbit_training
     from fastpeft.model.eva import initialize_lora_eva_weights
+    from fastpeft.model.plain import (
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
+    from fastpeft.model.status import get_layer_status, get_model_status
+    from fastpeft.model.tasks import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.training.finetune import finetune
     from fastpeft.training.loraplus import create_loraplus_optimizer
     from fastpeft.tuner.scaling import rescale_adapter_scale
 

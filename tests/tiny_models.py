@@ -119,9 +119,17 @@ def token_ids(rows: int = 2, length: int = LENGTH) -> torch.Tensor:
 def inputs(model) -> dict[str, torch.Tensor]:
     """Arguments of a forward pass of any model here, or of a PeftModel over one."""
     ids = token_ids()
-    return (
-        {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {"input_ids": ids}
-    )
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids[:, :5]
+    if any(hasattr(config, "num_tasks") for config in _peft_configs(model)):
+        given["task_ids"] = torch.zeros(len(ids), dtype=torch.long)
+    return given
+
+
+def _peft_configs(model) -> list:
+    """The adapters' configs of a model under Hugging Face peft, which never leaves task_ids to a default."""
+    return list(model.peft_config.values()) if type(model).__module__.startswith("peft.") else []
 
 
 @torch.no_grad()

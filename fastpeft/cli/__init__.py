@@ -40,7 +40,8 @@ options:
   --debug      show the traceback of an error
 
 The last line on standard output is one JSON object of results.
-Example: fastpeft train --model MODEL --data reviews.csv --output-dir out --r 16 --lora-alpha 32"""
+Example: fastpeft train --model MODEL --data reviews.csv --output-dir out --r 16 --lora-alpha 32
+--method NAME of train and inspect chooses another method; fastpeft train --method ia3 --help shows its options."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,16 +90,21 @@ def _parse(kind: type, command: str, options: list[str]) -> Any:
     """
     import tyro
 
+    from fastpeft.cli import method_options
+
+    method = method_options.chosen_method(options) if method_options.takes_method(kind) else None
+    parsed = kind if method is None else method_options.with_method(kind, method)
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(kind, prog=f"fastpeft {command}", args=options, config=(tyro.conf.OmitArgPrefixes,))
+            found = tyro.cli(parsed, prog=f"fastpeft {command}", args=options, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         refused = _refused_by_config(stop)
         if refused is not None:
             raise refused from None
         sys.stderr.write(shown.getvalue())
         raise
+    return found if method is None else method_options.plain(found, kind, method)
 
 
 def _refused_by_config(error: BaseException) -> BaseException | None:

@@ -9,7 +9,7 @@ from typing import Literal, TextIO
 import torch
 
 from fastpeft.checkpoint import read_config, read_tensors
-from fastpeft.cli.train import single_pattern
+from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.lora import LoraConfig
 from fastpeft.model import get_peft_model
 from fastpeft.training.config import TASK_TYPES
@@ -28,7 +28,7 @@ class InspectConfig:
     """Which head the model has."""
     num_labels: int = 2
     """Classes of a classification head."""
-    peft: LoraConfig = field(default_factory=LoraConfig)
+    peft: PeftConfig = field(default_factory=LoraConfig)
     """The adapter to be."""
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ def _model(config: InspectConfig, results: TextIO) -> dict:
     labels = [str(label) for label in range(config.num_labels)] if config.task == CLASSIFICATION else []
     print(f"reading {config.model}", file=sys.stderr)
     base = load_model(config.model, labels=labels, on_meta=True)
-    peft = dataclasses.replace(single_pattern(config.peft), task_type=config.peft.task_type or TASK_TYPES[config.task])
+    peft = dataclasses.replace(config.peft, task_type=config.peft.task_type or TASK_TYPES[config.task])
     model = get_peft_model(base, peft)
     rows = [(row["name"], tuple(row["shape"]), row["dtype"], row["numel"]) for row in model.trainable_parameter_table()]
     _table(results, ("trainable parameter", "shape", "dtype", "numbers"), rows)

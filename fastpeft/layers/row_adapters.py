@@ -85,9 +85,9 @@ def named_items(
 ) -> Iterator[None]:
     """Inside, item i of a batch goes through the adapter names[i] in all `layers` of `model`.
 
-    known: the adapters there are; biased: those that trained biases of the base
-    Raises:  ValueError for an unknown name; NotImplementedError for an adapter with trained biases, which the whole batch
-             would share, and with gradient checkpointing, which computes layers again after this has ended
+    known: the adapters there are; biased: those that trained biases of the base, or have a prompt
+    Raises:  ValueError for an unknown name; NotImplementedError for an adapter with trained biases or a prompt, which the
+             whole batch would share, and with gradient checkpointing, which computes layers again after this has ended
     """
     unknown = sorted(set(names) - {BASE} - set(known))
     if unknown:

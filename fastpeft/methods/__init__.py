@@ -11,7 +11,11 @@ from fastpeft.methods.fusion import FusionConfig
 from fastpeft.methods.ia3 import IA3Config
 from fastpeft.methods.layernorm_tuning import LNTuningConfig
 from fastpeft.methods.lora import LoraConfig
+from fastpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from fastpeft.methods.oft import OFTConfig
+from fastpeft.methods.p_tuning import PromptEncoderConfig
+from fastpeft.methods.prefix_tuning import PrefixTuningConfig
+from fastpeft.methods.prompt_tuning import PromptTuningConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
     "BITFIT": BitFitConfig,
@@ -21,6 +25,10 @@ METHODS: dict[str, type[PeftConfig]] = {
     "IA3": IA3Config,
     "LN_TUNING": LNTuningConfig,
     "LORA": LoraConfig,
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuningConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
     "OFT": OFTConfig,
 }
 

@@ -1,12 +1,16 @@
 """What every method's configuration shares: PEFT's field names, checks, and the way to and from adapter_config.json."""
 
 import dataclasses
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from fastpeft.checkpoint import CONFIG_NAME, adapter_folder, read_config, replace_files
 from fastpeft.layers.adapter import AdapterLayer
 from fastpeft.layers.prompt import PromptLayer
 
@@ -30,6 +34,8 @@ class PeftConfig:
     """What stands before a module's path in the name of a tensor on disk."""
     known_to_peft: ClassVar[bool] = True
     """False for a method that PEFT lacks, whose adapters it cannot load."""
+    works_with_checkpointing: ClassVar[bool] = True
+    """False for a method that cannot be trained with gradient checkpointing."""
     # Fields that PEFT writes and this method does not have, with the values that mean "not used".
     unsupported: ClassVar[dict[str, tuple]] = {}
     # Fields in which two configs of the same tensors may differ: origin, training, and ways to name the same modules.
@@ -49,6 +55,7 @@ class PeftConfig:
     def __post_init__(self):
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ValueError(f"{type(self).__name__}: expected task_type one of {TASK_TYPES}, got {self.task_type!r}")
+        self.task_type = getattr(self.task_type, "value", self.task_type)  # of TaskType, or PEFT's
 
     def heads_to_save(self) -> list[str]:
         """Names of the heads that are trained in full for this task type, where the model has them."""
@@ -72,8 +79,11 @@ class PeftConfig:
         """A new wrapper of `module` with one adapter; the model that holds the module is not changed."""
         raise NotImplementedError
 
-    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool) -> PromptLayer | None:
-        """What a prompt method puts before the model's input or keys; None for a method that wraps modules."""
+    def make_prompt(self, model: nn.Module, autocast_adapter_dtype: bool, fresh: bool) -> PromptLayer | None:
+        """What a prompt method puts before the model's input or keys; None for a method that wraps modules.
+
+        fresh: draw initial values as the config says; else a saved prompt is about to be loaded
+        """
         return None
 
     def trained_parameters(
@@ -130,3 +140,27 @@ class PeftConfig:
                     f"{cls.__name__}: the adapter uses {key}={values[key]!r}, which fastpeft does not have; load it with peft"
                 )
         return cls(**known)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
+        """Write adapter_config.json into a folder, which is made; other arguments of PEFT's are accepted and unused."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        replace_files({folder / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike) -> "PeftConfig":
+        """The config of an adapter's folder, or of an adapter on the hub, in the class of its method.
+
+        Raises:  FileNotFoundError, ValueError for a damaged file, NotImplementedError for a method that is not here;
+                 TypeError where a method's own class is asked and the file has another method
+        """
+        from fastpeft.methods import config_from_dict
+
+        config = config_from_dict(read_config(adapter_folder(pretrained_model_name_or_path)))
+        if not isinstance(config, cls):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: expected peft_type {cls.peft_type}, got {config.peft_type} in "
+                f"{pretrained_model_name_or_path}; use PeftConfig.from_pretrained"
+            )
+        return config

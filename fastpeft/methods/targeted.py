@@ -26,8 +26,8 @@ BIAS_CHOICES = ("none", "all", "lora_only")
 class TargetedConfig(PeftConfig):
     """Options of a method that wraps modules chosen by name."""
 
-    default_targets: ClassVar[dict[str, tuple[str, ...]]] = DEFAULT_TARGETS
-    """What target_modules=None means, by `model.config.model_type`."""
+    default_targets: ClassVar[dict[str, tuple[str, ...] | str]] = DEFAULT_TARGETS
+    """What target_modules=None means, by `model.config.model_type`: names, or a regular expression as a text."""
     shown_elsewhere: ClassVar[frozenset[str]] = PeftConfig.shown_elsewhere | {
         "target_modules",
         "exclude_modules",
@@ -82,7 +82,8 @@ class TargetedConfig(PeftConfig):
         named = config.target_modules
         if named is None:
             row = self.default_targets[model.config.model_type]
-            named = sorted(name for name in row if any(names_module(name, path) for path in paths))
+            names = [] if isinstance(row, str) else [n for n in row if any(names_module(n, path) for path in paths)]
+            named = row if isinstance(row, str) else sorted(names)
         elif isinstance(named, str) and named.lower() == ALL_LINEAR:
             named = list(paths)
         saved = names_peft_agrees_on(model, [*(config.modules_to_save or []), *config.heads_to_save()])

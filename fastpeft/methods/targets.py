@@ -13,22 +13,36 @@ from fastpeft.methods.config import HEAD_NAMES
 ALL_LINEAR = "all-linear"
 
 _QV = ("q_proj", "v_proj")
-DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "llama4_text", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text"), _QV),
-    **dict.fromkeys(("qwen2", "qwen3", "stablelm", "bart", "opt", "gptj", "gpt_neo"), _QV),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+_TEXT_QV = r".*language_model\..*\.(q_proj|v_proj)"
+DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("llama", "llama4", "llama4_text", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text"), _QV),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2", "smollm3", "granite"), _QV),
+    **dict.fromkeys(("olmo", "olmo2", "cohere", "cohere2", "opt", "gptj", "gpt_neo"), _QV),
+    **dict.fromkeys(("bart", "mbart", "pegasus", "m2m_100", "blenderbot"), _QV),
+    **dict.fromkeys(("gemma3", "gemma4"), _TEXT_QV),
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "layoutlm", "albert"), ("query", "value")
+    ),
+    **dict.fromkeys(("t5", "mt5", "mpnet"), ("q", "v")),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon", "RefinedWebModel", "RefinedWeb", "chatglm"), ("query_key_value",)),
     "distilbert": ("q_lin", "v_lin"),
     "deberta": ("in_proj",),
     "deberta-v2": ("query_proj", "value_proj"),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     "phi3": ("qkv_proj",),
-    "mpt": ("Wqkv",),
+    **dict.fromkeys(("mpt", "modernbert"), ("Wqkv",)),
+    "btlm": ("c_proj", "c_attn"),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
     "codegen": ("qkv_proj",),
 }
-"""Attention projections that are usually adapted, by `model.config.model_type`; PEFT's own table where it has a row."""
+"""Attention projections that are usually adapted, by `model.config.model_type`; PEFT's own table where it has a row.
+
+A text is a regular expression: of a model that also sees, its language model's projections alone.
+"""
 
 
 class NoTargetError(ValueError):
@@ -129,7 +143,7 @@ def find_targets(
     layers_to_transform: int | list[int] | None = None,
     layers_pattern: str | list[str] | None = None,
     strict: bool = True,
-    defaults: dict[str, tuple[str, ...]] | None = None,
+    defaults: dict[str, tuple[str, ...] | str] | None = None,
 ) -> list[str]:
     """Paths of the modules that are meant, in the model's order; a module with several paths is listed once.
 
@@ -228,14 +242,15 @@ def names_peft_agrees_on(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(agreed))
 
 
-def _default_targets(model: nn.Module, defaults: dict[str, tuple[str, ...]]) -> list[str]:
+def _default_targets(model: nn.Module, defaults: dict[str, tuple[str, ...] | str]) -> list[str] | str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in defaults:
         raise NoTargetError(
             f"target_modules: no default for model_type {kind!r}; give a list, a regular expression or 'all-linear'; "
             f"{_existing(list(base_modules(model)))}"
         )
-    return list(defaults[kind])
+    names = defaults[kind]
+    return names if isinstance(names, str) else list(names)
 
 
 def _unique(pairs: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastpeft.checkpoint import compare, read_adapter, read_training_tensors
 from fastpeft.layers.adapter import recomputes_layers
-from fastpeft.layers.prompt import PROMPT_KEY
+from fastpeft.layers.prompt import PromptLayer
 from fastpeft.methods import config_from_dict
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.targets import base_modules
@@ -53,32 +53,48 @@ def load_into(
     found = _without_extras(tuner, config.key_prefix, config.from_disk(found, expected), expected)
     compare(expected, found)
     state = read_training_tensors(source) if is_trainable else {}
-    if is_trainable and prompt is not None and not prompt.resumable() and not state:
-        raise ValueError(
-            f"load_adapter: {source} holds a prompt without the encoder that made it, so its training cannot go on; "
-            "load it with is_trainable=False"
-        )
+    if is_trainable and prompt is not None:
+        _check_encoder(source, prompt, state)
     if injection is not None:
         install(tuner, injection)
         if not tuner.active_adapters:
             tuner.set_adapter(name, trainable=is_trainable)
-    _fill(tuner, name, found, state)
+    fill(tuner, name, found, state)
+
+
+def _check_encoder(source: str | os.PathLike, prompt: PromptLayer, state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where the parameters that make a prompt are not in the folder, or do not fit."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in prompt.training_tensors().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wanted and not got:
+        raise ValueError(
+            f"load_adapter: {source} holds a prompt without the encoder that made it, so its training cannot go on; "
+            "load it with is_trainable=False"
+        )
+    different = sorted(name for name in wanted | got if wanted.get(name) != got.get(name))
+    if different:
+        raise ValueError(
+            f"load_adapter: {source}: expected the prompt's encoder with {wanted.get(different[0])} for {different[0]}, got "
+            f"{got.get(different[0])}; load it with is_trainable=False"
+        )
 
 
 @torch.no_grad()
-def _fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     """Copy saved values into an installed adapter, and its training's state where there is one that fits."""
     own_state = tuner.training_tensors(name)
-    if {key: tensor.shape for key, tensor in state.items()} == {key: t.shape for key, t in own_state.items()}:
+    if tuner.prompt_of(name) is None and {key: tensor.shape for key, tensor in state.items()} == {
+        key: t.shape for key, t in own_state.items()
+    }:
         for key, tensor in own_state.items():
             tensor.copy_(state[key])
     prompt = tuner.prompt_of(name)
+    of_prompt = {} if prompt is None else prompt.disk_tensors()
     for key, tensor in tuner.adapter_tensors(name).items():
-        if key == PROMPT_KEY and prompt is not None:
-            if not (state and not prompt.resumable()):  # else the encoder has been filled, and makes the prompt
-                prompt.load_prompt(found[key])
-        else:
+        if key not in of_prompt:
             tensor.copy_(found[key])
+    if prompt is not None:
+        prompt.load(found, state)
 
 
 def _paths_peft_saved(tuner: Tuner, config: PeftConfig, found: dict[str, torch.Tensor]) -> list[str]:

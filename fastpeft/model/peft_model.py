@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.checkpoint import write_adapter
+from fastpeft.checkpoint import adapter_folder, read_config, write_adapter
 from fastpeft.layers.base_weight import is_linear_4bit, weight_shape
 from fastpeft.methods.config import PeftConfig
 from fastpeft.model.loading import install, load_into
@@ -60,8 +60,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args, adapter_names: Iterable[str] | None = None, **kwargs):
         """The base model's generate; adapter_names as in forward."""
-        with self.base_model.adapters_per_item(adapter_names), self.base_model.generation():
-            return self.get_base_model().generate(*args, **kwargs)
+        with self.base_model.adapters_per_item(adapter_names):
+            return self.base_model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""
@@ -179,11 +179,41 @@ class PeftModel(nn.Module):
         sizes = [(packed.get(id(p), p.numel()), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
+    def parameter_counts(self) -> dict[str, Any]:
+        """{"trainable", "total", "percent", "by_module"}: by_module has the trainable numbers by path in the base model.
+
+        Units: numbers of parameters; percent of the total, not rounded
+        """
+        trainable, total = self.get_nb_trainable_parameters()
+        groups = [(path, layer.parameters()) for path, layer in self.base_model.layers()]
+        groups += [(f"prompts.{name}", prompt.parameters()) for name, prompt in self.base_model.prompts.items()]
+        groups += [(path, module.parameters(recurse=False)) for path, module in self.get_base_model().named_modules()]
+        rows: dict[str, int] = {}
+        counted: set[int] = set()
+        for path, parameters in groups:
+            new = {id(p): p.numel() for p in parameters if p.requires_grad and id(p) not in counted}
+            counted |= set(new)
+            if new:
+                rows[path] = rows.get(path, 0) + sum(new.values())
+        return {"trainable": trainable, "total": total, "percent": 100 * trainable / total, "by_module": rows}
+
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def get_layer_status(self) -> list[Any]:
+        """One row per wrapped module: which adapters it has, and which act, are merged, train."""
+        from fastpeft.model.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """The rows of get_layer_status in one."""
+        from fastpeft.model.status import get_model_status
+
+        return get_model_status(self)
 
     def trainable_parameter_table(self) -> list[dict[str, Any]]:
         """One row per trainable parameter: name, shape, dtype, numel."""
@@ -243,9 +273,10 @@ class PeftModel(nn.Module):
     ) -> "PeftModel":
         """A model with the adapter of folder `model_id`, frozen and in eval mode unless is_trainable.
 
+        On PeftModel itself the class is that of the adapter's task_type, such as PeftModelForCausalLM.
         Raises:  as load_adapter; `model` is then unchanged
         """
-        peft_model = cls(model)
+        peft_model = (_class_for(read_config(adapter_folder(model_id))) if cls is PeftModel else cls)(model)
         peft_model.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
         return peft_model
 
@@ -280,4 +311,12 @@ def get_peft_model(
         raise TypeError(
             f"get_peft_model: expected a fastpeft config such as LoraConfig, got {type(peft_config).__name__}"
         )
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+    kind = _class_for({"task_type": peft_config.task_type})
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+def _class_for(config: dict[str, Any]) -> type[PeftModel]:
+    """The class of PeftModel for a config's task_type."""
+    from fastpeft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.get("task_type"), PeftModel)

@@ -152,10 +152,10 @@ def _one_by_one(impl, x, members, thresholds, exact) -> bool:
 
 def _alone(impl, x, member):
     w, a, b, bias, scale, dropout_p, seed = member
+    if isinstance(w, torch.Tensor) and w.dtype != x.dtype:  # x was cast for autocast
+        w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if a is not None:
         return lora_linear(x, w, a, b, bias, scale=scale, dropout_p=dropout_p, seed=seed, impl=impl)
-    if isinstance(w, torch.Tensor):
-        w = w.to(x.dtype)
     return frozen_linear(x, w, None if bias is None else bias.to(x.dtype), impl=impl)
 
 

@@ -15,14 +15,18 @@ _EXPORTS = {
     "TrainConfig": "fastpeft.training.config",
     "TrainedAdapter": "fastpeft.training.predict",
     "Trainer": "fastpeft.training.trainer",
+    "finetune": "fastpeft.training.finetune",
+    "suggested_learning_rate": "fastpeft.training.guidance",
     "train": "fastpeft.training.engine",
 }
 
-__all__ = ["RunRecord", "TrainConfig", "TrainedAdapter", "Trainer", "train"]
+__all__ = ["RunRecord", "TrainConfig", "TrainedAdapter", "Trainer", "finetune", "suggested_learning_rate", "train"]
 
 if TYPE_CHECKING:
     from fastpeft.training.config import TrainConfig
     from fastpeft.training.engine import train
+    from fastpeft.training.finetune import finetune
+    from fastpeft.training.guidance import suggested_learning_rate
     from fastpeft.training.predict import TrainedAdapter
     from fastpeft.training.record import RunRecord
     from fastpeft.training.trainer import Trainer

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.lora import LoraConfig
 from fastpeft.training.record import TASKS
 from fastpeft.training.text_format import TextFormat
@@ -71,11 +72,15 @@ class DataConfig:
         roles = ("text", "text_pair", "label", "prompt", "response", "messages")
         return {role: getattr(self, f"{role}_column") for role in roles}
 
-    def text_format(self, longest: int | None) -> TextFormat:
-        """How text becomes tokens for a model with `longest` positions (None: no bound)."""
-        if self.max_length is not None and longest is not None and self.max_length > longest:
-            raise ValueError(f"max_length: expected at most the model's {longest} positions, got {self.max_length}")
-        default = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions (None: no bound), of which `taken` are not for text."""
+        room = None if longest is None else longest - taken
+        if room is not None and (room < 1 or (self.max_length or 1) > room):
+            less = f" less the prompt's {taken}" if taken else ""
+            raise ValueError(
+                f"max_length: expected at most the model's {longest} positions{less}, got {self.max_length}"
+            )
+        default = min(DEFAULT_MAX_LENGTH, room or DEFAULT_MAX_LENGTH)
         return TextFormat(self.max_length or default, self.prompt_format, self.separator, self.train_on_prompt)
 
 
@@ -113,15 +118,15 @@ class TrainConfig(DataConfig):
     """What is learned; default: classification if there is a label column, else causal_lm."""
     labels: tuple[str, ...] = ()
     """Names of the classes in index order; default: found in the training rows."""
-    peft: LoraConfig = field(default_factory=LoraConfig)
-    """The adapter."""
+    peft: PeftConfig = field(default_factory=LoraConfig)
+    """The adapter: the config of any method."""
 
     num_train_epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int = -1
     """Optimizer steps; if positive, instead of num_train_epochs."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; default: what suits the method and the model's size (fastpeft.training.guidance)."""
     loraplus_lr_ratio: float | None = None
     """Learning rate of LoRA's B over A's (LoRA+); default: one rate for both. 16 is a common choice, with a smaller rate."""
     loraplus_lr_embedding: float = 1e-6
@@ -200,10 +205,16 @@ class TrainConfig(DataConfig):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("learning_rate", "loraplus_lr_ratio", "loraplus_lr_embedding"):
             value = getattr(self, name)
-            _check(value is None or value > 0, name, "more than 0", value)
+            _check(value is None or value > 0, name, "more than 0, or none", value)
         _check(0.0 <= self.warmup_ratio <= 1.0, "warmup_ratio", "0 <= ratio <= 1", self.warmup_ratio)
         _check(
             self.num_train_epochs > 0 or self.max_steps > 0, "num_train_epochs", "more than 0", self.num_train_epochs
+        )
+        _check(
+            self.peft.works_with_checkpointing or not self.gradient_checkpointing,
+            "gradient_checkpointing",
+            f"False with {self.peft.peft_type}, whose trained keys stand in the cache that it switches off",
+            self.gradient_checkpointing,
         )
         _check(not (self.overwrite and self.resume), "overwrite, resume", "at most one of them", "both")
 
@@ -213,7 +224,7 @@ class TrainConfig(DataConfig):
         _check(name in METRICS[task], "metric_for_best_model", f"one of {METRICS[task]} for {task}", name)
         return name
 
-    def peft_config(self, task: str) -> LoraConfig:
+    def peft_config(self, task: str) -> PeftConfig:
         """The adapter's config with the task type filled in: it decides which head is trained and saved."""
         return dataclasses.replace(self.peft, task_type=self.peft.task_type or TASK_TYPES[task])
 
@@ -224,6 +235,10 @@ class TrainConfig(DataConfig):
         names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
         return {name: getattr(self, name) for name in names}
 
+    def text_format(self, longest: int | None, taken: int = 0) -> TextFormat:
+        """How text becomes tokens for a model with `longest` positions, of which a prompt takes the first."""
+        return super().text_format(longest, taken + getattr(self.peft, "num_virtual_tokens", 0))
+
     def base_options(self) -> BaseOptions:
         """How the base model is held."""
         return BaseOptions(
@@ -232,7 +247,7 @@ class TrainConfig(DataConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Every option as plain values; the adapter's under "peft"."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"peft": self.peft.to_dict()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 

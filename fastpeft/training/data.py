@@ -74,10 +74,13 @@ def read_splits(data: str | Path, validation_data: str | Path | None = None, tes
     """
     path = Path(data)
     splits = _read_folder(path) if path.is_dir() else {"train": read_table(path)}
-    for name, extra in (("validation", validation_data), ("test", test_data)):
-        if extra is not None:
-            splits[name] = read_table(extra)
-    return splits
+    return {**splits, **read_extra_splits(validation_data, test_data)}
+
+
+def read_extra_splits(validation_data: str | Path | None, test_data: str | Path | None) -> dict[str, Dataset]:
+    """The splits that have a file of their own."""
+    named = {"validation": validation_data, "test": test_data}
+    return {name: read_table(path) for name, path in named.items() if path is not None}
 
 
 def split_off_validation(train: Dataset, fraction: float, seed: int, stratify_by: str | None = None):

@@ -27,6 +27,7 @@ from fastpeft.training.base_model import describe_base, load_base, quantize_in_p
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.evaluate import Evaluator
 from fastpeft.training.examples import classification_examples, prompt_text, prompts_and_responses
+from fastpeft.training.guidance import suggested_learning_rate
 from fastpeft.training.measure import Stopwatch, environment, peak_memory_mb, start_peak_memory
 from fastpeft.training.metrics import (
     causal_lm_metrics,
@@ -47,9 +48,17 @@ _FREE_TO_CHANGE = {"resume", "overwrite", "report", "title", "examples", "baseli
 
 
 def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> RunRecord:
+    """run_training's record."""
+    return run_training(config, model=model, tokenizer=tokenizer)[0]
+
+
+def run_training(
+    config: TrainConfig, *, model: Any = None, tokenizer: Any = None, splits: dict[str, Any] | None = None
+) -> tuple[RunRecord, PeftModel, Any]:
     """Fine-tune `config.model` on `config.data` and write the adapter, run.json and report.html into `config.output_dir`.
 
-    A base model and tokenizer that are already loaded may be passed; config.model is then only their name.
+    A base model and tokenizer that are already loaded may be passed, and rows by split; config.model and config.data are then
+    only their names. Returns (record, the model with its adapter, tokenizer).
     All options, rows and names are checked before anything is written. An adapter that stands in output_dir is replaced
     only by a finished run that may overwrite it.
     Raises:  ValueError, OSError, NotImplementedError with a one-line reason for what is wrong with the input
@@ -57,7 +66,7 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
     clock = Stopwatch()
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     checkpoint = _checkpoint_to_resume(config, folder) if config.resume else None
-    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed)
+    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=splits)
     source = model_source(config.model) if model is None else config.model
     tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     base_config = load_config(source) if model is None else model.config
@@ -66,7 +75,7 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
         text_format = dataclasses.replace(
             text_format, prompt_format="plain", separator=""
         )  # a prompt is a text's beginning
-    splits = raw.tokenise(tokenizer, text_format)
+    tokenised = raw.tokenise(tokenizer, text_format)
 
     transformers.set_seed(config.seed)
     device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
@@ -80,13 +89,16 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
     wrapped = get_peft_model(base, config.peft_config(raw.task)).to(device)
     if getattr(config.peft, "init_lora_weights", None) == "eva":
         rows = DataLoader(
-            splits["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
+            tokenised["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
         )  # in their own order: a resumed run finds the same ranks
         initialize_lora_eva_weights(wrapped, rows)
+    if config.learning_rate is None:
+        rate = suggested_learning_rate(config.peft.peft_type, wrapped.get_nb_trainable_parameters()[1])
+        config = dataclasses.replace(config, learning_rate=rate)
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
-    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
+    run = _Run(config, raw, tokenised, wrapped, tokenizer, info, folder, described)
     with fast_float32_matmul(run.device):
-        return run.execute(checkpoint, clock)
+        return run.execute(checkpoint, clock), wrapped, tokenizer
 
 
 @dataclass
@@ -269,6 +281,8 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path:
         )
     earlier = TrainingInfo.load(checkpoint).config
     now = json.loads(json.dumps(config.to_dict(), default=str))
+    if config.learning_rate is None:  # the run's own was chosen for it
+        now.pop("learning_rate")
     changed = sorted(name for name in now if name not in _FREE_TO_CHANGE and now[name] != earlier.get(name, now[name]))
     if changed:
         pairs = ", ".join(f"{name} {earlier[name]!r} -> {now[name]!r}" for name in changed)

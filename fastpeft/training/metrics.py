@@ -66,8 +66,10 @@ def roc_curve(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
 def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Per row of a batch: summed negative log likelihood (nats), correct next tokens, tokens with a loss.
 
-    Shapes:  logits [B, S, V], labels [B, S] -> float64 [B, 3]; position i predicts label i + 1
+    Shapes:  logits [B, S, V], or [B, T + S, V] of a model with a prompt of T virtual tokens, which are not scored;
+             labels [B, S] -> float64 [B, 3]; position i predicts label i + 1
     """
+    logits = logits[:, logits.shape[1] - labels.shape[1] :]
     shifted = labels[:, 1:]
     wanted = shifted != IGNORED
     chosen, targets = logits[:, :-1][wanted].float(), shifted[wanted]

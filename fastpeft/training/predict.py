@@ -141,6 +141,7 @@ class TrainedAdapter:
 
     def _text_format(self) -> TextFormat:
         longest = longest_input(self.model.config) or self.info.text_format.max_length
+        longest -= getattr(self.model.active_peft_config, "num_virtual_tokens", 0)
         if longest >= self.info.text_format.max_length:
             return self.info.text_format
         return TextFormat(**vars(self.info.text_format) | {"max_length": longest})

@@ -14,6 +14,7 @@ from fastpeft.training.data import (
     choose_columns,
     class_names,
     find_column,
+    read_extra_splits,
     read_splits,
     require_columns,
     split_off_validation,
@@ -45,12 +46,24 @@ class RawData:
         return tokenise_causal_lm(split, self.columns, tokenizer, text_format, name)
 
 
-def read_training_data(config: DataConfig, *, task: str | None, labels: tuple[str, ...], seed: int) -> RawData:
+def read_training_data(
+    config: DataConfig,
+    *,
+    task: str | None,
+    labels: tuple[str, ...],
+    seed: int,
+    splits: dict[str, Dataset] | None = None,
+) -> RawData:
     """Train, validation and test rows of a config, with the validation rows split off if there are none.
+
+    splits: the rows by split, where they are in memory already; then config.data is only their name
 
     Raises:  FileNotFoundError or ValueError naming the file, column or label that is wrong
     """
-    splits = read_splits(config.data, config.validation_data, config.test_data)
+    if splits is None:
+        splits = read_splits(config.data, config.validation_data, config.test_data)
+    else:
+        splits = {**splits, **read_extra_splits(config.validation_data, config.test_data)}
     if "train" not in splits:
         raise ValueError(f"data {config.data}: expected training rows, got only {sorted(splits)}")
     train = splits["train"]

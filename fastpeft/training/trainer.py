@@ -3,6 +3,7 @@
 What differs from transformers.Trainer, and why:
 - It reads the base model's class and forward signature (labels, loss arguments, columns); the wrapper's forward has none.
 - A checkpoint holds the adapter instead of the model, and loading one loads the adapter.
+- The loss of a causal LM with a prompt is the mean over its tokens, of which the first follows the prompt.
 - Batches grouped by length are drawn from (seed, epoch) alone, and an evaluation leaves the random state as it found it:
   a run that is resumed continues bit for bit.
 """
@@ -10,7 +11,7 @@ What differs from transformers.Trainer, and why:
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,65 @@ class Trainer(transformers.Trainer):
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
+    def train_step(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """One optimizer step for a loop of your own: forward, backward, clip, optimizer, schedule. Moves the batch to the device.
+
+        batch: what the model's forward takes, with labels; or a list of them, whose gradients add up to that of one large batch.
+               With args.gradient_accumulation_steps = n a single one is cut into n along its rows
+        Returns {"loss", "learning_rate", "grad_norm"}: the loss before the step, the rate it took, the norm before clipping
+        Raises:  ValueError for an empty batch, or where the schedule's length is unknown: neither max_steps nor train_dataset
+        """
+        batches = self._parts_of(batch)
+        if self.lr_scheduler is None:
+            self._begin_own_loop()
+        model = self.model_wrapped
+        events, state = self.callback_handler, (self.args, self.state, self.control)
+        items = self._get_num_items_in_batch(batches, self.args.device)
+        self.current_gradient_accumulation_steps = len(batches)
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        events.on_step_begin(*state)
+        loss = sum(self.training_step(model, part, items) for part in batches)
+        limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        events.on_pre_optimizer_step(*state)
+        self.optimizer.step()
+        events.on_optimizer_step(*state)
+        rate = self.lr_scheduler.get_last_lr()[0]
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+        model.zero_grad()
+        self.state.global_step += 1
+        events.on_step_end(*state)
+        return {"loss": float(loss), "learning_rate": float(rate), "grad_norm": float(norm)}
+
+    def _parts_of(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The batches of one optimizer step."""
+        count = self.args.gradient_accumulation_steps
+        if isinstance(batch, Mapping) and count > 1:
+            rows = len(next(iter(batch.values()), ()))
+            size = math.ceil(rows / count)
+            return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, rows, size)] or self._parts_of([])
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        if not batches or not all(batches):
+            raise ValueError(f"train_step: expected a batch, or a list of batches, with tensors in it, got {batch!r}")
+        return batches
+
+    def _begin_own_loop(self) -> None:
+        """Optimizer and schedule, for as many steps as `train` would take."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            if self.train_dataset is None:
+                raise ValueError(
+                    "train_step: expected args.max_steps, or a train_dataset, for the length of the schedule"
+                )
+            batches = len(self.get_train_dataloader())
+            steps = math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
+        self.create_optimizer()
+        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.create_scheduler(steps)
+        self.state.max_steps = steps
+        self.model_wrapped.zero_grad()
+
     def _set_signature_columns_if_needed(self) -> None:
         wrapped = self.model
         if isinstance(wrapped, PeftModel):
@@ -69,6 +129,18 @@ class Trainer(transformers.Trainer):
             super()._set_signature_columns_if_needed()
         finally:
             self.model = wrapped
+        if isinstance(wrapped, PeftModel) and "task_ids" not in self._signature_columns:
+            self._signature_columns.append("task_ids")  # of multitask prompts; the base model's forward has none
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Tokens with a loss. After a prompt the first of a row has one as well."""
+        shifts = self._loss_shifts_labels
+        prompt = self.model.base_model.active_prompt() if isinstance(self.model, PeftModel) else None
+        self._loss_shifts_labels = shifts and not (prompt is not None and prompt.lengthens_input)
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self._loss_shifts_labels = shifts
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.loraplus is None or self.optimizer is not None:

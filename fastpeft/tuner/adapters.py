@@ -52,12 +52,20 @@ class Adapters(nn.Module):
 
     def forward(self, *args, **kwargs):
         prompt = self.active_prompt()
-        return self.model(*args, **kwargs) if prompt is None else prompt.call(self.model, args, kwargs)
+        if prompt is not None:
+            return prompt.call(self.model, args, kwargs)
+        if len(self.prompts):
+            kwargs.pop("task_ids", None)  # of a multitask prompt that is not active
+        return self.model(*args, **kwargs)
 
-    def generation(self) -> AbstractContextManager:
-        """Inside, the model's generate uses the active adapter's prompt, if it has one."""
+    def generate(self, *args, **kwargs):
+        """The model's generate, with the active adapter's prompt if it has one."""
         prompt = self.active_prompt()
-        return nullcontext() if prompt is None else prompt.generation(self.model)
+        if prompt is not None:
+            return prompt.generate(self.model, args, kwargs)
+        if len(self.prompts):
+            kwargs.pop("task_ids", None)
+        return self.model.generate(*args, **kwargs)
 
     def active_prompt(self) -> PromptLayer | None:
         """The prompt of the active adapter, or None: no prompt method, or adapters are off."""
@@ -110,7 +118,7 @@ class Adapters(nn.Module):
             copied = [path for path, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)]
             parameters = config.trained_parameters(modules, [path for path in layers if path not in copied], copied)
             self._check_trained(name, config, parameters)
-            prompt = config.make_prompt(self.model, autocast_adapter_dtype)
+            prompt = config.make_prompt(self.model, autocast_adapter_dtype, fresh=strict)
             return Injection(name, config.resolved(self.model, paths), layers, parameters, prompt)
 
     def _copies(self, name, config, modules, strict, saved_paths) -> dict[str, AdapterLayer]:
@@ -210,7 +218,7 @@ class Adapters(nn.Module):
         if injection.parameters:
             self._put_trained(self.active_adapters)
         if injection.prompt is not None:
-            self.prompts[injection.name] = injection.prompt.requires_grad_(False)
+            self.prompts[injection.name] = injection.prompt.requires_grad_(False).train(self.model.training)
         self.peft_config[injection.name] = injection.config
         link_siblings(self.model)
 

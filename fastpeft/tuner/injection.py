@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastpeft.layers.adapter import AdapterLayer
-from fastpeft.layers.prompt import PROMPT_KEY, PromptLayer
+from fastpeft.layers.prompt import PromptLayer
 from fastpeft.methods.config import PeftConfig
 
 
@@ -43,6 +43,4 @@ def disk_tensors(
         f"{prefix}{path}.{key}": tensor for path, layer in layers for key, tensor in layer.adapter_tensors(name).items()
     }
     tensors |= {prefix + path: parameter for path, parameter in parameters.items()}
-    if prompt is not None:
-        tensors[PROMPT_KEY] = prompt.prompt_embeddings()
-    return tensors
+    return tensors if prompt is None else tensors | prompt.disk_tensors()

@@ -264,6 +264,19 @@ def test_autocast_takes_everything_in_its_dtype():
         assert_bits_equal("y", one, two)
 
 
+def test_autocast_also_where_the_members_are_computed_alone(monkeypatch):
+    """Few rows of a small float32 base: x was cast for autocast, the weights were not, and lora_linear refused them."""
+    monkeypatch.setattr(lora_group, "composed_is_faster", lambda *call: True)
+    x, members, _ = draw(F32)
+    with torch.autocast("cpu", dtype=BF16):
+        for count in (1, len(members)):
+            group, apart = lora_linear_group(x, members[:count], impl="torch"), []
+            for w, a, b, bias, scale, dropout_p, seed in members[:count]:
+                apart.append(lora_linear(x, w, a, b, bias, scale=scale, dropout_p=dropout_p, seed=seed, impl="torch"))
+            for one, two in zip(group, apart, strict=True):
+                assert_bits_equal("y", one, two)
+
+
 def test_no_rows():
     x, members, _ = draw(F32)
     ys = lora_linear_group(x.detach()[:0], members)

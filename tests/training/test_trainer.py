@@ -17,7 +17,7 @@ from fastpeft.training.run_folder import TrainingInfo
 from fastpeft.training.text_format import TextFormat
 from fastpeft.training.tokenise import Collator, tokenise_causal_lm, tokenise_classification
 from fastpeft.training.trainer import GroupedByLength, Trainer, classification_loss, last_checkpoint, warmup_steps
-from tests.tolerance import assert_bits_equal, assert_no_worse
+from tests.tolerance import METRICS_REPEATED, assert_bits_equal, assert_no_worse
 from tests.training import tiny
 
 
@@ -257,3 +257,84 @@ def test_only_a_checkpoint_that_was_written_to_its_end_counts(tmp_path):
 )
 def test_warmup_steps(ratio, rows, batch, epochs, max_steps, expected):
     assert warmup_steps(ratio, rows, batch, epochs, max_steps) == expected
+
+
+# -- a loop of your own -------------------------------------------------------------------------------------------------
+
+
+def _loop_arguments(folder, **options):
+    given = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "warmup_steps": 1,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.05,
+    }
+    plain = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+    return TrainingArguments(output_dir=folder, train_sampling_strategy="sequential", **given | plain | options)
+
+
+class _KeepSteps(TrainerCallback):
+    """What was logged of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "grad_norm" in logs:
+            self.steps.append({name: logs[name] for name in ("loss", "learning_rate", "grad_norm")})
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal_lm"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=["plain", "two", "bf16"]
+)
+def test_train_step_in_a_loop_is_what_train_does(kind, options, bert, llama, tmp_path):
+    """The same batches: the same losses, rates, norms and trained values, also of short batches and where gradients are cut."""
+    if kind == "classification":
+        build, features, words = lambda: _classifier(bert), _review_features(11), tiny.tokenizer(encoder=True)
+        more = {"compute_loss_func": classification_loss}
+    else:
+        build, features, words, more = lambda: _generator(llama), _question_features(11), tiny.tokenizer(), {}
+    keep = _KeepSteps()
+    make = {"train_dataset": features, "data_collator": Collator(words), **more}
+    trained = Trainer(build(), _loop_arguments(tmp_path, **options), callbacks=[keep], **make)
+    trained.train()
+    own = Trainer(build(), _loop_arguments(tmp_path, **options), **make)
+    batches, count, steps = list(own.get_train_dataloader()), options.get("gradient_accumulation_steps", 1), []
+    for first in range(0, 3 * count, count):
+        given = batches[first : first + count]
+        steps.append(own.train_step(given[0] if count == 1 else given))
+    assert len(keep.steps) == 3
+    for step, logged in zip(steps, keep.steps, strict=True):
+        assert step == pytest.approx(logged, rel=METRICS_REPEATED)
+    assert {step["grad_norm"] > 0.05 for step in steps} == {True}
+    assert own.state.global_step == 3
+    for (name, parameter), (_, expected) in zip(
+        own.model.named_parameters(), trained.model.named_parameters(), strict=True
+    ):
+        assert_bits_equal(name, parameter, expected)
+
+
+def test_one_batch_is_cut_into_the_parts_of_a_step(llama, tmp_path):
+    """7 rows with accumulation over 3: one step of 3, 3 and 1 rows, whose loss and gradients are those of all 7."""
+    features, make = _question_features(7), {"data_collator": Collator(tiny.tokenizer())}
+    whole = Trainer(_generator(llama), _loop_arguments(tmp_path), **make)
+    parts = Trainer(_generator(llama), _loop_arguments(tmp_path, gradient_accumulation_steps=3), **make)
+    batch = whole.data_collator([dict(row) for row in features])
+    assert [len(part["labels"]) for part in parts._parts_of(batch)] == [3, 3, 1]
+    one, three = whole.train_step(batch), parts.train_step(batch)
+    assert three == pytest.approx(one, rel=METRICS_REPEATED)
+    assert whole.state.global_step == parts.state.global_step == 1
+
+
+def test_train_step_refuses_what_it_cannot_do(llama, tmp_path):
+    trainer = Trainer(
+        _generator(llama), _loop_arguments(tmp_path, max_steps=-1), data_collator=Collator(tiny.tokenizer())
+    )
+    for batch in ({}, [], [{}]):
+        with pytest.raises(ValueError, match="train_step: expected a batch"):
+            trainer.train_step(batch)
+    batch = trainer.data_collator([dict(row) for row in _question_features(2)])
+    with pytest.raises(ValueError, match=r"expected args.max_steps, or a train_dataset"):
+        trainer.train_step(batch)
