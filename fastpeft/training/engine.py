@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
 
 
 def run_training(
-    config: TrainConfig, *, model: Any = None, tokenizer: Any = None, splits: dict[str, Any] | None = None
+    config: TrainConfig, *, model: Any = None, tokenizer: Any = None, rows: dict[str, Any] | None = None
 ) -> tuple[RunRecord, PeftModel, Any]:
     """Fine-tune `config.model` on `config.data` and write the adapter, run.json and report.html into `config.output_dir`.
 
@@ -66,7 +66,7 @@ def run_training(
     clock = Stopwatch()
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     checkpoint = _checkpoint_to_resume(config, folder) if config.resume else None
-    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=splits)
+    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=rows)
     source = model_source(config.model) if model is None else config.model
     tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     base_config = load_config(source) if model is None else model.config
@@ -75,7 +75,7 @@ def run_training(
         text_format = dataclasses.replace(
             text_format, prompt_format="plain", separator=""
         )  # a prompt is a text's beginning
-    tokenised = raw.tokenise(tokenizer, text_format)
+    splits = raw.tokenise(tokenizer, text_format)
 
     transformers.set_seed(config.seed)
     device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
@@ -98,7 +98,7 @@ def run_training(
         rate = suggested_learning_rate(config.peft.peft_type, wrapped.get_nb_trainable_parameters()[1])
         config = dataclasses.replace(config, learning_rate=rate)
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
-    run = _Run(config, raw, tokenised, wrapped, tokenizer, info, folder, described)
+    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
     with fast_float32_matmul(run.device):
         return run.execute(checkpoint, clock), wrapped, tokenizer
 
