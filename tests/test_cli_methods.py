@@ -21,7 +21,6 @@ from tests.tolerance import MERGED_EQUALS_UNMERGED, METRICS_REPEATED, assert_clo
 from tests.training import tiny
 from tests.training.commands import fails, result, train_command
 
-
 LENGTH = {"num_virtual_tokens": 4}
 NEEDED = {
     **dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING"), LENGTH),

@@ -87,11 +87,11 @@ def run_training(
     align_padding(base, tokenizer)
     described = describe_base(base)
     step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps = total_steps(len(tokenised["train"].features), step_rows, config.num_train_epochs, config.max_steps)
+    steps = total_steps(len(splits["train"].features), step_rows, config.num_train_epochs, config.max_steps)
     wrapped = get_peft_model(base, config.peft_config(raw.task).for_run(steps)).to(device)
     if getattr(config.peft, "init_lora_weights", None) == "eva":
         rows = DataLoader(
-            tokenised["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
+            splits["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
         )  # in their own order: a resumed run finds the same ranks
         initialize_lora_eva_weights(wrapped, rows)
     if config.learning_rate is None:
