@@ -43,9 +43,6 @@ ABSENT: dict[str, tuple[str, ...]] = {
         "bloom_model_postprocess_past_key_value", "shift_tokens_right", "PeftModel.get_prompt",
         "PeftModel.get_prompt_embedding_to_save",
     ),
-    "planned with the methods of its issue": (
-        "AdaLoraConfig",
-    ),
     "goes with an option that is refused or only sets initial values": ("megatron_core", "qalora_group_size"),
     "offloading while initialising; PEFT does not save it either": ("LoraRuntimeConfig", "runtime_config"),
     "tied modules to save are copied as one where both are named; else a warning says so": ("ensure_weight_tying",),

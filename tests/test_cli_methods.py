@@ -50,7 +50,7 @@ def shown_flags(capsys, *command: str) -> set[str]:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
-    return set(re.findall(r"--([a-z0-9][a-z0-9-]*)", capsys.readouterr().out)) - {"help"}
+    return set(re.findall(r"--([a-z0-9][a-z0-9-]*)", capsys.readouterr().out.lower())) - {"help"}
 
 
 def flag(name: str) -> str:

@@ -242,7 +242,7 @@ RESULT = model.get_nb_trainable_parameters()
 """,
 }
 
-NOT_THERE_YET = {"adalora"}
+NOT_THERE_YET: set[str] = set()
 """Snippets of methods that fastpeft does not have. One that runs must be taken out: xfail is strict."""
 
 
