@@ -182,7 +182,7 @@ config = AdaLoraConfig(
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config)
 step(model, BATCH)
 model.base_model.update_and_allocate(1)
-RESULT = model.get_nb_trainable_parameters()
+RESULT = model.get_nb_trainable_parameters()[0]  # PEFT also counts its frozen ranknum
 """,
     "prompt_tuning": """
 from transformers import AutoModelForCausalLM
