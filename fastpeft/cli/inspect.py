@@ -37,6 +37,8 @@ class InspectConfig:
 
 
 CONFIG = InspectConfig
+ANY_STEPS = 10**9
+"""A training of any length: what it would train does not depend on it."""
 
 
 def run(config: InspectConfig, results: TextIO) -> dict:
@@ -75,7 +77,9 @@ def _model(config: InspectConfig, results: TextIO) -> dict:
     labels = [str(label) for label in range(config.num_labels)] if config.task == CLASSIFICATION else []
     print(f"reading {config.model}", file=sys.stderr)
     base = load_model(config.model, labels=labels, on_meta=True)
-    peft = dataclasses.replace(config.peft, task_type=config.peft.task_type or TASK_TYPES[config.task])
+    peft = dataclasses.replace(config.peft, task_type=config.peft.task_type or TASK_TYPES[config.task]).for_run(
+        ANY_STEPS
+    )
     model = get_peft_model(base, peft)
     rows = [(row["name"], tuple(row["shape"]), row["dtype"], row["numel"]) for row in model.trainable_parameter_table()]
     _table(results, ("trainable parameter", "shape", "dtype", "numbers"), rows)

@@ -61,7 +61,8 @@ def with_method(kind: type, method: str) -> type:
 
 
 def _with_defaults(config: type[PeftConfig], presets: Any, taken: set[str]) -> type[PeftConfig]:
-    """The config with other defaults, and with --peft-NAME for the names that are taken; itself where nothing changes."""
+    """The config with other defaults, --peft-NAME for the names that are taken, and no flag for what text cannot say; itself
+    where nothing changes."""
     changed = []
     hints = get_type_hints(config, include_extras=True)
     for item in dataclasses.fields(config):
@@ -70,6 +71,8 @@ def _with_defaults(config: type[PeftConfig], presets: Any, taken: set[str]) -> t
             changed.append(
                 (item.name, Annotated[hint, tyro.conf.arg(name=f"peft-{item.name}")], preset or _again(item))
             )
+        elif "Any" in str(hint):  # values without a form as text
+            changed.append((item.name, Annotated[hint, tyro.conf.Fixed, tyro.conf.Suppress], preset or _again(item)))
         elif preset is not None:
             changed.append((item.name, hint, preset))
     if not changed:

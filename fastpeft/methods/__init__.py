@@ -3,6 +3,7 @@
 METHODS maps the `peft_type` of an adapter_config.json to the config class. A new method is a file and a row here.
 """
 
+from fastpeft.methods.adalora import AdaLoraConfig
 from fastpeft.methods.bitfit import BitFitConfig
 from fastpeft.methods.boft import BOFTConfig
 from fastpeft.methods.bottleneck import BottleneckConfig
@@ -18,6 +19,7 @@ from fastpeft.methods.prefix_tuning import PrefixTuningConfig
 from fastpeft.methods.prompt_tuning import PromptTuningConfig
 
 METHODS: dict[str, type[PeftConfig]] = {
+    "ADALORA": AdaLoraConfig,
     "BITFIT": BitFitConfig,
     "BOFT": BOFTConfig,
     "BOTTLENECK": BottleneckConfig,

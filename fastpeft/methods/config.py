@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,6 +66,19 @@ class PeftConfig:
         """Names of other adapters that this one acts through; they have to be in the model first."""
         return []
 
+    # -- training -------------------------------------------------------------------------------------------------------
+
+    def for_run(self, steps: int) -> "PeftConfig":
+        """The config with what the length of a training decides filled in; steps: optimizer steps."""
+        return self
+
+    def penalty(self, name: str, layers: Mapping[str, AdapterLayer]) -> torch.Tensor | None:
+        """What the method adds to the loss of a training of adapter `name`; layers: all wrappers of the model, by path."""
+        return None
+
+    def after_step(self, name: str, layers: Mapping[str, AdapterLayer], step: int) -> None:
+        """What the method does after an optimizer step, while its gradients are there."""
+
     # -- what a method does ---------------------------------------------------------------------------------------------
 
     def for_model(self, model: nn.Module) -> "PeftConfig":
@@ -95,6 +109,10 @@ class PeftConfig:
         """
         return {}
 
+    def showing(self, tensors: dict[str, torch.Tensor]) -> "PeftConfig":
+        """The config to save beside these tensors of its adapter."""
+        return self
+
     def to_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The adapter's tensors as they are saved."""
         return tensors
@@ -102,6 +120,10 @@ class PeftConfig:
     def from_disk(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Saved tensors in the shapes of a fresh adapter, `expected`; what does not fit stays as it is."""
         return found
+
+    def after_loading(self, saved: "PeftConfig") -> "PeftConfig":
+        """The config of an adapter into which the tensors of an adapter with the config `saved` have been loaded."""
+        return self
 
     def resolved(self, model: nn.Module, paths: list[str]) -> "PeftConfig":
         """A copy with what was left to defaults spelled out, so that the saved adapter loads without them."""

@@ -59,6 +59,8 @@ def load_into(
         install(tuner, injection)
         if not tuner.active_adapters:
             tuner.set_adapter(name, trainable=is_trainable)
+    else:
+        tuner.peft_config[name] = tuner.peft_config[name].after_loading(config)
     fill(tuner, name, found, state)
 
 
@@ -82,12 +84,6 @@ def _check_encoder(source: str | os.PathLike, prompt: PromptLayer, state: dict[s
 @torch.no_grad()
 def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     """Copy saved values into an installed adapter, and its training's state where there is one that fits."""
-    own_state = tuner.training_tensors(name)
-    if tuner.prompt_of(name) is None and {key: tensor.shape for key, tensor in state.items()} == {
-        key: t.shape for key, t in own_state.items()
-    }:
-        for key, tensor in own_state.items():
-            tensor.copy_(state[key])
     prompt = tuner.prompt_of(name)
     of_prompt = {} if prompt is None else prompt.disk_tensors()
     for key, tensor in tuner.adapter_tensors(name).items():
@@ -95,6 +91,11 @@ def fill(tuner: Tuner, name: str, found: dict[str, torch.Tensor], state: dict[st
             tensor.copy_(found[key])
     if prompt is not None:
         prompt.load(found, state)
+        return
+    own_state = tuner.training_tensors(name) if state else {}  # last: it may hold more than the adapter's file
+    if {key: tensor.shape for key, tensor in state.items()} == {key: t.shape for key, t in own_state.items()}:
+        for key, tensor in own_state.items():
+            tensor.copy_(state[key])
 
 
 def _paths_peft_saved(tuner: Tuner, config: PeftConfig, found: dict[str, torch.Tensor]) -> list[str]:

@@ -254,7 +254,9 @@ class PeftModel(nn.Module):
         for name in names:
             folder = root if name == DEFAULT_ADAPTER else root / name
             config = dataclasses.replace(self.peft_config[name], inference_mode=True)
-            tensors = config.to_disk(self.base_model.adapter_tensors(name))
+            tensors = self.base_model.adapter_tensors(name)
+            config = config.showing(tensors)
+            tensors = config.to_disk(tensors)
             if path_initial_model_for_weight_conversion:
                 initial = path_initial_model_for_weight_conversion
                 config, tensors = as_plain_lora(

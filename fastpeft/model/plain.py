@@ -56,8 +56,9 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAP
     """The adapter's tensors by their name on disk, detached. A plain model's have no "base_model.model." before them."""
     tuner = tuner_of(model, "get_peft_model_state_dict")
     tuner._known([adapter_name])
-    config = tuner.peft_config[adapter_name]
-    tensors = config.to_disk({name: tensor.detach() for name, tensor in tuner.adapter_tensors(adapter_name).items()})
+    tensors = {name: tensor.detach() for name, tensor in tuner.adapter_tensors(adapter_name).items()}
+    config = tuner.peft_config[adapter_name] = tuner.peft_config[adapter_name].showing(tensors)
+    tensors = config.to_disk(tensors)
     prefix = "" if isinstance(model, PeftModel) else config.key_prefix
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

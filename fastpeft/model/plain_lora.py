@@ -28,7 +28,7 @@ def as_plain_lora(
              folder that is not of this adapter
     """
     where = "save_pretrained: path_initial_model_for_weight_conversion"
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if type(config) is not LoraConfig or config.use_dora:
         raise ValueError(f"{where}: expected LoRA without DoRA, got {name!r}, which is {config.peft_type}")
     if initial is None and not changes_base(config.init_lora_weights):
         raise ValueError(

@@ -6,6 +6,8 @@ What differs from transformers.Trainer, and why:
 - The loss of a causal LM with a prompt is the mean over its tokens, of which the first follows the prompt.
 - Batches grouped by length are drawn from (seed, epoch) alone, and an evaluation leaves the random state as it found it:
   a run that is resumed continues bit for bit.
+- After every optimizer step the adapter's method has its turn (update_and_allocate), and its penalty is added to the loss
+  once per step: also where the loss is computed from logits, or accumulated from several batches.
 """
 
 import contextlib
@@ -57,6 +59,7 @@ class Trainer(transformers.Trainer):
             super().__init__(base, args, **kwargs)
         if is_wrapped:
             self.model = self.model_wrapped = self.callback_handler.model = model
+            self.add_callback(_AfterStep(self))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng():
@@ -120,6 +123,32 @@ class Trainer(transformers.Trainer):
         self.create_scheduler(steps)
         self.state.max_steps = steps
         self.model_wrapped.zero_grad()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """transformers' loss, and in training the penalty of the adapter's method, whichever way the loss is computed."""
+        if not isinstance(self.model, PeftModel) or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tuner = self.model.base_model
+        with tuner.penalty_apart():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        penalty = tuner.penalty()
+        if penalty is not None:
+            loss = loss + penalty.to(loss.device) / self._losses_that_add_up(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _losses_that_add_up(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """How many batches' losses make that of one step by their sum; 1 where transformers takes the mean itself."""
+        summed = self.loss_is_scaled_for_ga
+        if summed is None:
+            of_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            summed = of_model or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if summed else 1
 
     def _set_signature_columns_if_needed(self) -> None:
         wrapped = self.model
@@ -190,6 +219,17 @@ class Trainer(transformers.Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+class _AfterStep(transformers.TrainerCallback):
+    """Gives the adapter's method its turn while the step's gradients are still there. Steps count from 1."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:  # float16 overflowed: the gradients are not finite
+            self.trainer.model.update_and_allocate(state.global_step + 1)
 
 
 @contextlib.contextmanager
@@ -274,7 +314,11 @@ def _is_complete(checkpoint: Path) -> bool:
     return f"checkpoint-{state['global_step']}" == checkpoint.name
 
 
+def total_steps(rows: int, batch: int, epochs: float, max_steps: int) -> int:
+    """Optimizer steps of a run; batch is the rows of one. max_steps counts where it is positive."""
+    return max_steps if max_steps > 0 else math.ceil(math.ceil(rows / batch) * epochs)
+
+
 def warmup_steps(ratio: float, rows: int, batch: int, epochs: float, max_steps: int) -> int:
     """Steps of warm-up: `ratio` of all optimizer steps, rounded up; batch is the rows of one optimizer step."""
-    total = max_steps if max_steps > 0 else math.ceil(math.ceil(rows / batch) * epochs)
-    return math.ceil(ratio * total)
+    return math.ceil(ratio * total_steps(rows, batch, epochs, max_steps))

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from fastpeft.layers.adapter import ModulesToSaveWrapper
-from fastpeft.tuner.adapters import Adapters
+from fastpeft.tuner.schedule import ScheduledAdapters
 
 
-class Tuner(Adapters):
+class Tuner(ScheduledAdapters):
     """A model with adapters in it, which can be merged and taken out."""
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:

@@ -77,7 +77,7 @@ class Mixture(NamedTuple):
 
     @staticmethod
     def _check_adapter(name: str, config: Any) -> None:
-        if not isinstance(config, LoraConfig):
+        if type(config) is not LoraConfig:
             raise NotImplementedError(
                 f"add_weighted_adapter: expected LoRA adapters, got {name!r}, which is {config.peft_type}"
             )

@@ -1,6 +1,6 @@
 """Every case of every method, by name."""
 
-from tests.every_method import bottleneck_family, lora_family, multiplicative, prompts
+from tests.every_method import adalora, bottleneck_family, lora_family, multiplicative, prompts
 from tests.every_method.method_case import MethodCase
 
 CASES: dict[str, MethodCase] = {
@@ -8,4 +8,5 @@ CASES: dict[str, MethodCase] = {
     **multiplicative.CASES,
     **bottleneck_family.CASES,
     **prompts.CASES,
+    **adalora.CASES,
 }
