@@ -24,9 +24,11 @@ from fastpeft.layers.rank_allocation import (
     update_importance,
 )
 from fastpeft.methods.lora import LoraConfig
+from fastpeft.methods.targets import DEFAULT_TARGETS
 
 _QV = ("q_proj", "v_proj")
 ADALORA_TARGETS: dict[str, tuple[str, ...] | str] = {
+    **DEFAULT_TARGETS,
     **dict.fromkeys(("llama", "llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "gptj", "gpt_neo"), _QV),
     **dict.fromkeys(("bart", "opt"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
@@ -40,7 +42,7 @@ ADALORA_TARGETS: dict[str, tuple[str, ...] | str] = {
     "deberta": ("in_proj",),
     "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
 }
-"""Modules that PEFT's AdaLoRA adapts by default, by `model.config.model_type`."""
+"""Modules that are adapted by default, by `model.config.model_type`: PEFT's row for AdaLoRA, or LoRA's where there is none."""
 
 
 @dataclass
