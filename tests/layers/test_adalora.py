@@ -140,5 +140,5 @@ def test_bad_options_are_refused(options):
 
 
 def test_a_module_that_is_not_linear_is_refused():
-    with pytest.raises(TypeError, match="expected an nn.Linear"):
+    with pytest.raises(TypeError, match=r"expected an nn.Linear"):
         AdaLoRALinear(nn.Embedding(4, 4))
