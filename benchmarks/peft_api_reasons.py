@@ -29,22 +29,19 @@ ABSENT: dict[str, tuple[str, ...]] = {
         "base_model.tuner_layer_cls", "base_model.uses_shared_state", "base_model.subtract_mutated_init",
     ),
     _INITIAL: (
-        "EvaConfig", "LoftQConfig", "LoraGAConfig", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
-        "replace_lora_weights_loftq", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "LoraGAConfig", "get_eva_state_dict", "preprocess_loraga",
+        "corda_config", "lora_ga_config",
     ),
     _LORA_OPTION: (
         "ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig",
         "megatron_config", "trainable_token_indices", "velora_config", "alora_invocation_tokens", "use_qalora",
-        "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+        "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
     ),
     _ENCODER: (
         "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "PromptLearningConfig",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "bloom_model_postprocess_past_key_value", "shift_tokens_right", "PeftModel.get_prompt",
         "PeftModel.get_prompt_embedding_to_save",
-    ),
-    "planned with the methods of its issue": (
-        "AdaLoraConfig", "MultitaskPromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig",
     ),
     "goes with an option that is refused or only sets initial values": ("megatron_core", "qalora_group_size"),
     "offloading while initialising; PEFT does not save it either": ("LoraRuntimeConfig", "runtime_config"),
@@ -85,6 +82,7 @@ DIFFERENT: dict[str, tuple[str, ...]] = {
         "base_model.delete_adapter", "base_model.merge_and_unload", "base_model.set_adapter",
     ),
     "tensors on the CPU, safetensors only": ("load_peft_weights",),
+    "one process; a batch reaches the model through forward_fn alone": ("initialize_lora_eva_weights",),
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ makes the flags of it, and what comes back is made an instance of the command's 
 """
 
 import dataclasses
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -61,7 +61,8 @@ def with_method(kind: type, method: str) -> type:
 
 
 def _with_defaults(config: type[PeftConfig], presets: Any, taken: set[str]) -> type[PeftConfig]:
-    """The config with other defaults, and with --peft-NAME for the names that are taken; itself where nothing changes."""
+    """The config with other defaults, --peft-NAME for the names that are taken, and no flag for what text cannot say; itself
+    where nothing changes."""
     changed = []
     hints = get_type_hints(config, include_extras=True)
     for item in dataclasses.fields(config):
@@ -70,12 +71,19 @@ def _with_defaults(config: type[PeftConfig], presets: Any, taken: set[str]) -> t
             changed.append(
                 (item.name, Annotated[hint, tyro.conf.arg(name=f"peft-{item.name}")], preset or _again(item))
             )
+        elif not _has_text_form(hint):
+            changed.append((item.name, Annotated[hint, tyro.conf.Fixed, tyro.conf.Suppress], preset or _again(item)))
         elif preset is not None:
             changed.append((item.name, hint, preset))
     if not changed:
         return config
     namespace = {"__doc__": config.__doc__, "__module__": config.__module__}
     return dataclasses.make_dataclass(config.__name__, changed, bases=(config,), namespace=namespace)
+
+
+def _has_text_form(hint: Any) -> bool:
+    """False for a type whose values a flag cannot say: anything at all, or a config inside the config."""
+    return "Any" not in str(hint) and not any(dataclasses.is_dataclass(part) for part in (hint, *get_args(hint)))
 
 
 def _again(item: dataclasses.Field) -> Any:

@@ -11,6 +11,8 @@
     "loftq"       base Q = quantised(W - s B A), s B A = the leading r singular triples of W - Q, by turns
 
 The last four act on another weight than the base's own; it is the adapter's, and stands in the base while the adapter acts.
+Both are kept, which costs a second copy of the adapted weights. PEFT keeps only the changed one: there an adapter that is off,
+deleted, or beside another leaves the base changed; files are the same, as loading computes the start again.
 
 Source:  Hu et al. 2021, arXiv:2106.09685; Meng et al. 2024, arXiv:2404.02948 (PiSSA); Buyukakyuz 2024, arXiv:2406.01775
          (OLoRA); Li et al. 2023, arXiv:2310.08659 (LoftQ); Paischer et al. 2024, arXiv:2410.07170 (EVA)

@@ -101,8 +101,8 @@ class LoraConfig(LayerwiseConfig):
     base weight: "pissa", "pissa_niter_[n]", "olora", "loftq"."""
     loftq_config: dict[str, int] = field(default_factory=dict)
     """loftq_bits and loftq_iter of init_lora_weights "loftq"; or a LoftQConfig."""
-    eva_config: EvaConfig | None = None
-    """Options of init_lora_weights "eva"; default: EvaConfig()."""
+    eva_config: Any = None
+    """An EvaConfig, or its fields as a dictionary, for init_lora_weights "eva"; default: EvaConfig()."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single modules: the first key that matches the end of a path, as a regular expression, wins."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

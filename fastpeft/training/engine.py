@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.utils.data import DataLoader
 
 from fastpeft.checkpoint import TENSORS_NAME
 from fastpeft.integrations.transformers import (
@@ -21,6 +22,7 @@ from fastpeft.integrations.transformers import (
     model_source,
 )
 from fastpeft.model import PeftModel, get_peft_model
+from fastpeft.model.eva import initialize_lora_eva_weights
 from fastpeft.training.base_model import describe_base, load_base, quantize_in_place
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.evaluate import Evaluator
@@ -51,7 +53,7 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> R
 
 
 def run_training(
-    config: TrainConfig, *, model: Any = None, tokenizer: Any = None, splits: dict[str, Any] | None = None
+    config: TrainConfig, *, model: Any = None, tokenizer: Any = None, rows: dict[str, Any] | None = None
 ) -> tuple[RunRecord, PeftModel, Any]:
     """Fine-tune `config.model` on `config.data` and write the adapter, run.json and report.html into `config.output_dir`.
 
@@ -64,7 +66,7 @@ def run_training(
     clock = Stopwatch()
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     checkpoint = _checkpoint_to_resume(config, folder) if config.resume else None
-    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=splits)
+    raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=rows)
     source = model_source(config.model) if model is None else config.model
     tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     base_config = load_config(source) if model is None else model.config
@@ -73,7 +75,7 @@ def run_training(
         text_format = dataclasses.replace(
             text_format, prompt_format="plain", separator=""
         )  # a prompt is a text's beginning
-    tokenised = raw.tokenise(tokenizer, text_format)
+    splits = raw.tokenise(tokenizer, text_format)
 
     transformers.set_seed(config.seed)
     device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
@@ -85,13 +87,18 @@ def run_training(
     align_padding(base, tokenizer)
     described = describe_base(base)
     step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps = total_steps(len(tokenised["train"].features), step_rows, config.num_train_epochs, config.max_steps)
+    steps = total_steps(len(splits["train"].features), step_rows, config.num_train_epochs, config.max_steps)
     wrapped = get_peft_model(base, config.peft_config(raw.task).for_run(steps)).to(device)
+    if getattr(config.peft, "init_lora_weights", None) == "eva":
+        rows = DataLoader(
+            splits["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
+        )  # in their own order: a resumed run finds the same ranks
+        initialize_lora_eva_weights(wrapped, rows)
     if config.learning_rate is None:
         rate = suggested_learning_rate(config.peft.peft_type, wrapped.get_nb_trainable_parameters()[1])
         config = dataclasses.replace(config, learning_rate=rate)
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
-    run = _Run(config, raw, tokenised, wrapped, tokenizer, info, folder, described)
+    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
     with fast_float32_matmul(run.device):
         return run.execute(checkpoint, clock), wrapped, tokenizer
 

@@ -47,7 +47,7 @@ def finetune(
 
     base, tokenizer, name = _model(model, tokenizer)
     config, splits = train_config(name, data, method, output_dir, options)
-    return FineTuned(*run_training(config, model=base, tokenizer=tokenizer, splits=splits))
+    return FineTuned(*run_training(config, model=base, tokenizer=tokenizer, rows=splits))
 
 
 def train_config(

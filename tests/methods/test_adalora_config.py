@@ -205,6 +205,7 @@ def test_loading_into_an_adapter_takes_the_file_s_pattern(base, tmp_path):
     early.save_pretrained(tmp_path / "early")
     late = allocated(fastpeft, PATTERNS["rank_0"])
     late.load_adapter(tmp_path / "early", "default", is_trainable=True)
+    assert late.peft_config["default"].rank_pattern == early.peft_config["default"].rank_pattern
     assert_close("logits", logits(late), logits(early), OTHER_ORDER_OF_SUMS)
     late.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(base, tmp_path / "again")

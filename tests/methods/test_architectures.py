@@ -5,6 +5,7 @@ import torch
 
 from fastpeft import get_peft_model
 from fastpeft.methods import METHODS
+from fastpeft.methods.targeted import TargetedConfig
 from fastpeft.methods.targets import DEFAULT_TARGETS
 from tests.architectures import ARCHITECTURES, loss, made, task_type
 
@@ -13,8 +14,9 @@ OPTIONS = {"ADALORA": {"total_step": 100}, "BITFIT": {"train_layernorm": True}}
 CASES = [
     (method, kind)
     for method, config_class in METHODS.items()
+    if issubclass(config_class, TargetedConfig)
     for kind in ARCHITECTURES
-    if kind in getattr(config_class, "default_targets", {})
+    if kind in config_class(**OPTIONS.get(method, {})).default_targets
 ]
 
 
