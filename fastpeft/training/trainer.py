@@ -123,6 +123,7 @@ class Trainer(transformers.Trainer):
         self.create_scheduler(steps)
         self.state.max_steps = steps
         self.model_wrapped.zero_grad()
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)  # a progress bar begins here
 
     def compute_loss(
         self,

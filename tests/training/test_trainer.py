@@ -270,7 +270,7 @@ def _loop_arguments(folder, **options):
         "learning_rate": 1e-2,
         "max_grad_norm": 0.05,
     }
-    plain = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+    plain = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "logging_steps": 1}
     return TrainingArguments(output_dir=folder, train_sampling_strategy="sequential", **given | plain | options)
 
 
