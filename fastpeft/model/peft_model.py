@@ -278,8 +278,9 @@ class PeftModel(nn.Module):
         On PeftModel itself the class is that of the adapter's task_type, such as PeftModelForCausalLM.
         Raises:  as load_adapter; `model` is then unchanged
         """
-        peft_model = (_class_for(read_config(adapter_folder(model_id))) if cls is PeftModel else cls)(model)
-        peft_model.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        folder = adapter_folder(model_id)
+        peft_model = (_class_for(read_config(folder)) if cls is PeftModel else cls)(model)
+        peft_model.load_adapter(folder, adapter_name, is_trainable, autocast_adapter_dtype)
         return peft_model
 
     def load_adapter(
