@@ -51,6 +51,7 @@ _EXPORTS = {
     "PromptTuningInit": "fastpeft.methods.kinds",
     "TaskType": "fastpeft.methods.kinds",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
+    "dequantize": "fastpeft.integrations.dequantize",
     "finetune": "fastpeft.training.finetune",
     "get_layer_status": "fastpeft.model.status",
     "get_model_status": "fastpeft.model.status",
@@ -113,6 +114,7 @@ __all__ = [
     "TaskType",
     "__version__",
     "create_loraplus_optimizer",
+    "dequantize",
     "finetune",
     "get_layer_status",
     "get_model_status",
@@ -142,6 +144,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from fastpeft.integrations.dequantize import dequantize
     from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
