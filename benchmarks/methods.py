@@ -80,7 +80,8 @@ METHODS = {
     "adapters": Method(
         "bottleneck adapters", "BottleneckConfig", 1e-3, {"placement": "houlsby", "reduction_factor": 16}, in_peft=False
     ),
-    "prefix": Method("prefix tuning", "PrefixTuningConfig", 1e-2, {"num_virtual_tokens": 20}),
+    # PEFT 0.21 refuses a prefix on BERT under transformers 5.23
+    "prefix": Method("prefix tuning", "PrefixTuningConfig", 1e-2, {"num_virtual_tokens": 20}, in_peft=False),
     "p_tuning": Method("P-tuning", "PromptEncoderConfig", 1e-3, {"num_virtual_tokens": 20, "encoder_hidden_size": 384}),
     "prompt": Method("prompt tuning", "PromptTuningConfig", 3e-2, {"num_virtual_tokens": 20}),
 }
