@@ -64,7 +64,7 @@ ABSENT: dict[str, tuple[str, ...]] = {
     "peft_config[...].modules_to_save": ("PeftModel.modules_to_save",),
     "prepare_for_training, or gradient_checkpointing_enable": ("PeftModel.prepare_model_for_gradient_checkpointing",),
     "set_adapter(names, inference_mode=...)": ("PeftModel.set_requires_grad", "base_model.set_requires_grad"),
-    "several active adapters add up: set_adapter([a, b]); no new one is made of them": ("base_model.add_weighted_adapter",),
+    "PeftModel.add_weighted_adapter, with the same arguments": ("base_model.add_weighted_adapter",),
 }  # fmt: skip
 
 DIFFERENT: dict[str, tuple[str, ...]] = {
