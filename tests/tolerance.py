@@ -25,6 +25,9 @@ MERGED_EQUALS_UNMERGED = 1e-5
 OTHER_ORDER_OF_SUMS = 1e-6
 """The same float32 sums taken in another order (another kernel, recomputed activations), for `assert_close`."""
 
+VANISHES = 1e-9
+"""A float64 gradient below this is zero by cancellation (a softmax over one key): float32 leaves its own rounding there."""
+
 GRADIENTS_THROUGH_A_MODEL = 1e-5
 """float32 gradients through a whole model, sums taken in another order (another library, recomputed), for `assert_close`."""
 
