@@ -46,7 +46,9 @@ def _tiles(segment: Segment, batch: int, kv_heads: int, group: int, first: int) 
     settings = segment.settings
     bounded = settings.left is not None or settings.right is not None
     m, n = segment.m, segment.n
-    widest = n if settings.left is None or settings.right is None else min(n, settings.left + settings.right + 1 + _ROWS)
+    widest = (
+        n if settings.left is None or settings.right is None else min(n, settings.left + settings.right + 1 + _ROWS)
+    )
     rows = min(m, _WINDOW_ROWS if bounded else _ROWS, max(16, _TILE // (group * widest)))
     heads = max(1, min(kv_heads, _TILE // (rows * group * widest)))
     number = first

@@ -13,26 +13,25 @@ from fastpeft.ops.attention_tiles import keep_of
 from tests.ops.attention_cases import by_formula, by_op, draw
 from tests.saved_bytes import SavedBytes
 from tests.tolerance import (
+    CANCELLED_GRADIENT,
     OTHER_ORDER_OF_SUMS,
-    VANISHES,
     assert_bits_equal,
     assert_close,
     assert_keep_rate,
     assert_no_worse,
+    is_close,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def check(tensors, terms, do, **options):
-    """The op is no worse than the specification in the working dtype; gradients that cancel to zero are small."""
+    """The op is no worse than the specification in the working dtype; where gradients cancel, by rounding."""
     got = by_op(tensors, terms, do, impl="torch", **options.pop("op", {}))
     exact = by_formula(torch.float64, tensors, terms, do, **options)
     eager = by_formula(None, tensors, terms, do, **options)
     for name, value in got.items():
-        if exact[name].abs().max() < VANISHES:
-            assert_close(name, value, exact[name], OTHER_ORDER_OF_SUMS)
-        else:
+        if name == "o" or not is_close(value, exact[name], CANCELLED_GRADIENT):
             assert_no_worse(name, value, exact[name], eager[name].to(value.dtype))
 
 
@@ -224,4 +223,4 @@ def test_heads_first_memory_is_read_as_it_is():
     expected = by_op(tensors, terms, do, impl="torch")
     for other in (views, strided):
         for name, value in by_op(other, terms, do, impl="torch").items():
-            assert_close(name, value, expected[name], 2 * torch.finfo(FP32).eps)
+            assert_close(name, value, expected[name], OTHER_ORDER_OF_SUMS)
