@@ -1,10 +1,12 @@
 """Attention that is exact and deterministic, whatever enters the score: the autograd.Function and the public op."""
 
+import contextlib
 import importlib
 
 import torch
 
 from fastpeft import backend
+from fastpeft.ops import attention_sdpa
 from fastpeft.ops.attention_terms import (
     RelativeBias,
     Settings,
@@ -23,6 +25,7 @@ from fastpeft.reference import attention as reference
 
 __all__ = ["RelativeBias", "attention"]
 
+_NOTHING = (None,) * 8
 _PASSES = {"torch": "fastpeft.ops.attention_torch", "triton": "fastpeft.ops.attention_triton"}
 
 
@@ -95,6 +98,16 @@ def attention(
              implementation cannot run
     Source:  Dao 2023, arXiv:2307.08691; the terms: fastpeft/reference/attention.py
     """
+    rest = (window, softcap, relative_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rope)
+    covered = (q, k, v, scale, causal, bias, key_padding_mask)
+    if (
+        not dropout_p
+        and rest == _NOTHING
+        and attention_sdpa.covers(*covered)
+        and backend.resolve(impl, q.device, q.dtype) == "torch"
+        and not transformed()
+    ):
+        return attention_sdpa.by_sdpa(*covered)
     check_tensors(q, k, v)
     check_numbers(scale, softcap, dropout_p)
     left, right = bounds_of(window, causal)
@@ -118,11 +131,15 @@ def attention(
         seed=seed or 0,
         threshold=threshold,
     )
-    with torch.autocast(q.device.type, enabled=False):
+    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if chosen == "reference" or traced(q) or transformed():
             return _composed(q, k, v, terms, settings, seed)
         if threshold and seed is None:
             settings = Settings(**{**vars(settings), "seed": draw_seed()})
+        wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *terms))
+        if not wants_gradient and q.numel() and k.numel():  # a Function costs as much as a token's decoding
+            return _passes(chosen).forward(q, k, v, terms, settings)[0]
         return Attention.apply(q, k, v, *terms, settings, chosen)
 
 

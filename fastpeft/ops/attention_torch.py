@@ -27,6 +27,8 @@ _ROWS = 128  # queries of a piece where a mask is made for it
 _MASK = 2**20  # elements of such a mask, at most, unless one head of 16 queries has more
 _WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the forward pass
 
+_SINKS = Terms._fields.index("sinks")  # put around the kernel's result, whatever made it
+
 
 class _Piece(NamedTuple):
     """Queries `rows` of batch `b` and heads `heads` against keys `columns`; mask is added to the scores."""
@@ -97,9 +99,18 @@ def _pieces(segment: Segment, q, k, dtype) -> Iterator[_Piece]:
                 yield _Piece(of_batch, of_queries, kv, *place((r0, r1), (c0, c1)), False, mask)
 
 
-def _heads_first(x, piece, tokens, heads):
-    x = x[piece.b, tokens, heads].transpose(1, 2)
+def _is_plain(q, k, terms, settings) -> bool:
+    """Is this the call that PyTorch's kernel knows by itself? Found out first: a decoded token costs little more than asking."""
+    bounded = settings.left is not None or (settings.right is not None and (settings.right or q.shape[1] != k.shape[1]))
+    return not bounded and all(term is None for i, term in enumerate(terms) if i != _SINKS)
+
+
+def _rows_contiguous(x):
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _heads_first(x, piece, tokens, heads):
+    return _rows_contiguous(x[piece.b, tokens, heads].transpose(1, 2))
 
 
 def _is_whole(piece, q, k):
@@ -128,6 +139,14 @@ def forward(q, k, v, terms: Terms, settings: Settings):
 
 
 def _forward(q, k, v, terms, settings):
+    if _is_plain(q, k, terms, settings):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *map(_rows_contiguous, (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))),
+            0.0,
+            settings.right == 0,
+            scale=settings.scale,
+        )
+        return o.transpose(1, 2), lse
     (batch, sq, heads, _), dtype = q.shape, torch.promote_types(q.dtype, torch.float32)
     o = lse = None
     for segment in segments(sq, k.shape[1], heads, terms, settings, dtype):
