@@ -32,6 +32,6 @@ def aot_cases(arch: str) -> list[AotCase]:
         options = {"positions": positions, "offset": 0, "interleaved": interleaved, "inverse": False}
         table = empty(8192, half, dtype=FP32)
         with record_launches(target) as launches:
-            rope.rope(empty(b, s, h, d), empty(b, s, h_kv, d), table, table, **options)
+            rope.rotate(empty(b, s, h, d), empty(b, s, h_kv, d), table, table, **options)
         cases.append(case_of(f"rope-{name}", launches[0]))
     return cases

@@ -61,7 +61,7 @@ def _rotate_head(
 
 
 @triton.jit(do_not_specialize=["M", "S", "P", "offset"])
-def _rope_kernel(
+def _rotate_kernel(
     q_ptr,
     k_ptr,
     q_out_ptr,
@@ -136,7 +136,7 @@ def _rope_kernel(
         )  # fmt: skip
 
 
-def rope(
+def rotate(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
@@ -167,7 +167,7 @@ def rope(
     heads = _heads_per_program(b * s, h + h_kv, config.block_m, target)
     keys = q if k is None else k
     launch(
-        _rope_kernel,
+        _rotate_kernel,
         (triton.cdiv(b * s, config.block_m), triton.cdiv(h + h_kv, heads)),
         config,
         q,

@@ -17,7 +17,7 @@ from fastpeft.reference import rope as reference
 class _TritonPasses:
     @staticmethod
     def rotate(xs, cos, sin, positions, offset, interleaved, inverse):
-        from fastpeft.kernels.rope import rope as kernel
+        from fastpeft.kernels.rope import rotate as kernel
 
         q, k = kernel(
             xs[0],
@@ -54,7 +54,7 @@ class _Rope(torch.autograd.Function):
         return *[None] * 7, *[next(turned) if need else None for need in needed]
 
 
-def rope(
+def apply_rope(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
@@ -84,7 +84,7 @@ def rope(
         b, s = q.shape[:2]
         wide = torch.promote_types(q.dtype, torch.float32)
         cos, sin = (reference.rows_of(table, b, s, positions, offset).to(wide) for table in (cos, sin))
-        out = [reference.rope(x.to(wide), cos, sin, interleaved=interleaved).to(x.dtype) for x in xs]
+        out = [reference.apply_rope(x.to(wide), cos, sin, interleaved=interleaved).to(x.dtype) for x in xs]
     elif traced(q):
         from fastpeft.ops.rope_custom import rope_rotate
 
@@ -99,39 +99,44 @@ def _check(q, k, cos, sin, positions, offset):
         if x is None:
             continue
         if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"rope: expected floating {name} [B, S, H, D], got {tuple(x.shape)} {x.dtype}")
+            raise ValueError(f"apply_rope: expected floating {name} [B, S, H, D], got {tuple(x.shape)} {x.dtype}")
     if k is not None and (k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or k.dtype != q.dtype):
         raise ValueError(
-            f"rope: expected k [B={q.shape[0]}, S={q.shape[1]}, H_kv, D={q.shape[3]}] {q.dtype}, got {tuple(k.shape)} {k.dtype}"
+            f"apply_rope: expected k [B={q.shape[0]}, S={q.shape[1]}, H_kv, D={q.shape[3]}] {q.dtype}, "
+            f"got {tuple(k.shape)} {k.dtype}"
         )
     b, s, _, d = q.shape
     if cos.shape != sin.shape or cos.dim() not in (2, 3) or not cos.is_floating_point() or cos.dtype != sin.dtype:
         raise ValueError(
-            "rope: expected cos and sin alike, floating [P, R/2] or [B or 1, S, R/2], got "
+            "apply_rope: expected cos and sin alike, floating [P, R/2] or [B or 1, S, R/2], got "
             f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
         )
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError("rope: expected cos and sin without a gradient, got requires_grad=True; detach them")
+        raise ValueError("apply_rope: expected cos and sin without a gradient, got requires_grad=True; detach them")
     if not 0 < 2 * cos.shape[-1] <= d:
         raise ValueError(
-            f"rope: expected cos with R/2 columns, 0 < R <= D = {d}, got {cos.shape[-1]}; a table whose halves repeat each "
+            f"apply_rope: expected cos with R/2 columns, 0 < R <= D = {d}, got {cos.shape[-1]}; a table whose halves repeat each "
             "other is given as its first half"
         )
     if cos.dim() == 3:
         if positions is not None or offset:
-            raise ValueError("rope: expected no positions or offset with a row per token [B or 1, S, R/2], got both")
+            raise ValueError(
+                "apply_rope: expected no positions or offset with a row per token [B or 1, S, R/2], got both"
+            )
         if cos.shape[0] not in (1, b) or cos.shape[1] != s:
-            raise ValueError(f"rope: expected cos [B={b} or 1, S={s}, R/2], got {tuple(cos.shape)}")
+            raise ValueError(f"apply_rope: expected cos [B={b} or 1, S={s}, R/2], got {tuple(cos.shape)}")
     elif positions is None and not 0 <= offset <= cos.shape[0] - s:
-        raise ValueError(f"rope: expected rows {offset} to {offset + s - 1} in a table of P = {cos.shape[0]} rows")
+        raise ValueError(
+            f"apply_rope: expected rows {offset} to {offset + s - 1} in a table of P = {cos.shape[0]} rows"
+        )
     if positions is not None:
         integers = positions.dtype in (torch.int32, torch.int64)
         if positions.dim() != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != s or not integers:
             raise ValueError(
-                f"rope: expected integer positions [B={b} or 1, S={s}], got {tuple(positions.shape)} {positions.dtype}"
+                f"apply_rope: expected integer positions [B={b} or 1, S={s}], got {tuple(positions.shape)} {positions.dtype}"
             )
         if offset:
-            raise ValueError(f"rope: expected positions or an offset, got both, offset {offset}")
+            raise ValueError(f"apply_rope: expected positions or an offset, got both, offset {offset}")
     for name, x in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
         if x is not None and x.device != q.device:
-            raise ValueError(f"rope: expected {name} on {q.device} as q, got {x.device}")
+            raise ValueError(f"apply_rope: expected {name} on {q.device} as q, got {x.device}")

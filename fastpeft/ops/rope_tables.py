@@ -66,10 +66,6 @@ class RopeScaling:
             kept.setdefault("rope_type", parameters["type"])
         return cls(**kept)
 
-    def changes_with_length(self) -> bool:
-        """True where a longer sequence has other angles at its first tokens too."""
-        return self.rope_type in ("dynamic", "longrope")
-
 
 PLAIN = RopeScaling()
 

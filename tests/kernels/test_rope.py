@@ -20,7 +20,7 @@ def test_queries_and_keys_are_read_once_in_one_launch(b, s, h, h_kv, d, half, in
         pytest.skip("accesses are counted in the interpreter")
     q, k = torch.randn(b, s, h, d).bfloat16(), torch.randn(b, s, h_kv, d).bfloat16()
     cos, sin = table(half)
-    kernels.rope(q, k, cos, sin, **OPTIONS | {"interleaved": interleaved})
+    kernels.rotate(q, k, cos, sin, **OPTIONS | {"interleaved": interleaved})
     (once,) = probe.launches
     target = target_of(q.device)
     config = kernels._tile(triton.next_power_of_2(half), target)
@@ -40,16 +40,16 @@ def test_inverse_turns_back(device):
     """The gradient is the kernel with -sin: what it does equals the kernel on a negated table, bit for bit."""
     q = torch.randn(2, 9, 3, 20).to(device)
     cos, sin = (part.to(device) for part in table(6))
-    inverse, _ = kernels.rope(q, None, cos, sin, **OPTIONS | {"inverse": True})
-    assert_bits_equal("inverse", inverse, kernels.rope(q, None, cos, -sin, **OPTIONS)[0])
+    inverse, _ = kernels.rotate(q, None, cos, sin, **OPTIONS | {"inverse": True})
+    assert_bits_equal("inverse", inverse, kernels.rotate(q, None, cos, -sin, **OPTIONS)[0])
     assert_bits_equal("what is not rotated", inverse[..., 12:], q[..., 12:])
 
 
 def test_columns_with_a_stride_are_copied_first(device):
     q = torch.randn(2, 16, 3, 9).to(device).transpose(1, 3)
     cos, sin = (part.to(device) for part in table(4))
-    got, _ = kernels.rope(q, None, cos, sin, **OPTIONS)
-    assert_bits_equal("q'", got, kernels.rope(q.contiguous(), None, cos, sin, **OPTIONS)[0])
+    got, _ = kernels.rotate(q, None, cos, sin, **OPTIONS)
+    assert_bits_equal("q'", got, kernels.rotate(q.contiguous(), None, cos, sin, **OPTIONS)[0])
 
 
 def test_programs_for_every_processor():

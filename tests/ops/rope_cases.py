@@ -2,7 +2,7 @@
 
 import torch
 
-from fastpeft.reference.rope import rope as formula
+from fastpeft.reference.rope import apply_rope as formula
 from fastpeft.reference.rope import rows_of
 
 # B, S, H, H_kv, D, R

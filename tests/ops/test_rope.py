@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastpeft.ops.rope import rope
+from fastpeft.ops.rope import apply_rope
 from tests.ops.rope_cases import ROWS, SHAPES, draw, in_dtype, table
 from tests.tolerance import GRADCHECK, assert_bits_equal, assert_no_worse
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.watched
 
 
 def run(impl, q, k, dq, dk, cos, sin, **options):
-    outputs = rope(q, k, cos, sin, impl=impl, **options)
+    outputs = apply_rope(q, k, cos, sin, impl=impl, **options)
     return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, (q, k), (dq, dk))]
 
 
@@ -73,7 +73,7 @@ def test_a_row_per_token(batch, impl, device):
 def test_queries_alone(impl, device):
     q, k, dq, dk = draw("odd", FP32, device)
     cos, sin = (part.to(device) for part in table(5))
-    alone, nothing = rope(q, None, cos, sin, impl=impl)
+    alone, nothing = apply_rope(q, None, cos, sin, impl=impl)
     assert nothing is None
     both = run(impl, q, k, dq, dk, cos, sin)
     assert_bits_equal("q'", alone.detach(), both[0])
@@ -84,8 +84,8 @@ def test_queries_alone(impl, device):
 def test_only_what_needs_a_gradient_gets_one(impl, device):
     q, k, _, dk = draw("odd", FP32, device)
     cos, sin = (part.to(device) for part in table(5))
-    turned = rope(q.detach(), k, cos, sin, impl=impl)
-    assert not rope(q.detach(), k.detach(), cos, sin, impl=impl)[0].requires_grad
+    turned = apply_rope(q.detach(), k, cos, sin, impl=impl)
+    assert not apply_rope(q.detach(), k.detach(), cos, sin, impl=impl)[0].requires_grad
     turned[1].backward(dk)
     assert q.grad is None
     assert k.grad is not None
@@ -94,8 +94,8 @@ def test_only_what_needs_a_gradient_gets_one(impl, device):
 def test_gradients_of_every_order():
     q, k, *_ = draw("odd", torch.float64, "cpu")
     cos, sin = table(5, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, impl="torch"), (q, k), **GRADCHECK)
-    assert torch.autograd.gradgradcheck(lambda q, k: rope(q, k, cos, sin, impl="torch"), (q, k), **GRADCHECK)
+    assert torch.autograd.gradcheck(lambda q, k: apply_rope(q, k, cos, sin, impl="torch"), (q, k), **GRADCHECK)
+    assert torch.autograd.gradgradcheck(lambda q, k: apply_rope(q, k, cos, sin, impl="torch"), (q, k), **GRADCHECK)
 
 
 @EACH_IMPL
@@ -103,7 +103,7 @@ def test_inputs_stay_and_two_backwards_agree(impl, device):
     q, k, dq, dk = draw("partial", BF16, device)
     cos, sin = (part.to(device) for part in table(10))
     before = [tensor.detach().clone() for tensor in (q, k, dq, dk, cos, sin)]
-    outputs = rope(q, k, cos, sin, impl=impl)
+    outputs = apply_rope(q, k, cos, sin, impl=impl)
     first = torch.autograd.grad(outputs, (q, k), (dq, dk), retain_graph=True)
     second = torch.autograd.grad(outputs, (q, k), (dq, dk))
     for name, one, other in zip(("dq", "dk"), first, second):
@@ -117,7 +117,7 @@ def test_the_torch_implementation_traces():
     cos, sin = table(5)
 
     def call(q, k):
-        return rope(q, k, cos, sin, impl="torch")
+        return apply_rope(q, k, cos, sin, impl="torch")
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected, got = call(q, k), compiled(q, k)
@@ -126,7 +126,7 @@ def test_the_torch_implementation_traces():
     grads = [torch.autograd.grad(outputs[0].sum() + outputs[1].square().sum(), (q, k)) for outputs in (got, expected)]
     for one, other in zip(*grads):
         assert_bits_equal("gradient", one, other)
-    on_meta = rope(q.detach().to("meta"), k.detach().to("meta"), cos.to("meta"), sin.to("meta"))
+    on_meta = apply_rope(q.detach().to("meta"), k.detach().to("meta"), cos.to("meta"), sin.to("meta"))
     assert [tuple(out.shape) for out in on_meta] == [tuple(q.shape), tuple(k.shape)]
 
 
@@ -134,7 +134,7 @@ def test_an_empty_batch():
     q = torch.zeros(0, 3, 2, 4)
     cos, sin = table(2)
     for impl in ("torch", "triton"):
-        assert rope(q, q, cos, sin, impl=impl)[1].shape == q.shape
+        assert apply_rope(q, q, cos, sin, impl=impl)[1].shape == q.shape
 
 
 @EACH_IMPL
@@ -144,9 +144,9 @@ def test_a_position_outside_the_table_does_not_pass_silently(impl, device):
     positions = torch.tensor([[3, ROWS]], device=device)
     if impl == "torch":
         with pytest.raises(IndexError):
-            rope(q, None, cos, sin, positions=positions, impl=impl)
+            apply_rope(q, None, cos, sin, positions=positions, impl=impl)
         return
-    turned, _ = rope(q, None, cos, sin, positions=positions, impl=impl)
+    turned, _ = apply_rope(q, None, cos, sin, positions=positions, impl=impl)
     assert torch.isfinite(turned[0, 0]).all()
     assert turned[0, 1].isnan().all()
 
@@ -175,5 +175,5 @@ def ones(*shape, dtype=FP32):
 def test_bad_input(change, message):
     arguments = {"q": ones(2, 3, 2, 8), "k": ones(2, 3, 1, 8), "cos": ones(9, 4), "sin": ones(9, 4)} | change
     with pytest.raises(ValueError, match=message) as caught:
-        rope(**arguments)
+        apply_rope(**arguments)
     assert "\n" not in str(caught.value)
