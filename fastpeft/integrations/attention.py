@@ -14,6 +14,8 @@ padded rows. A mask arrives in one of three forms:
 A query that sees no key gives zeros, where eager attention gives the mean of all values: rows of padding, which nobody reads.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -23,7 +25,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from fastpeft.ops.attention import attention
 
 NAME = "fastpeft"
-_WINDOW_PARTS = {"sliding_window_overlay.<locals>.inner_mask", "causal_mask_function"}
+_WINDOW_PARTS = {"sliding_window_overlay", "causal_mask_function"}
+_PACKED_PARTS = {"remap_positions_for_packed_sequence", "packed_sequence_mask_function"}
 
 
 def attention_mask(
@@ -51,7 +54,7 @@ def attention_mask(
                 return padding
     elif padding is None and aligned and allow_is_causal_skip and _is_causal(mask_function):
         return None
-    return sdpa_mask(
+    mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -62,16 +65,44 @@ def attention_mask(
         allow_is_causal_skip=False,
         **options,
     )
+    positions = _packed_positions(mask_function) if attention_mask is None and aligned else None
+    packed = _packed(positions, batch_size, q_length)
+    if packed is not None:
+        _OF_MASK[mask] = packed
+    return mask
+
+
+# What a mask says, by the tensor itself: another tensor of the same values is read as any mask of four dimensions.
+_OF_MASK: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _parts(mask_function) -> list:
+    """What a function made by transformers' mask functions is made of."""
+    return [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+
+
+def _joined(mask_function) -> dict[str, Callable]:
+    """The functions, by name, whose intersection `mask_function` is; empty if it is no intersection."""
+    parts = _parts(mask_function)
+    if len(parts) == 1 and isinstance(parts[0], tuple):
+        return {getattr(part, "__qualname__", "").removesuffix(".<locals>.inner_mask"): part for part in parts[0]}
+    return {}
 
 
 def _is_causal(mask_function) -> bool:
     """Is this transformers' causal function, or that of a sliding causal window?"""
-    if mask_function is causal_mask_function:
-        return True
-    parts = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    if len(parts) == 1 and isinstance(parts[0], tuple):
-        return {getattr(part, "__qualname__", "") for part in parts[0]} == _WINDOW_PARTS
-    return False
+    return mask_function is causal_mask_function or set(_joined(mask_function)) == _WINDOW_PARTS
+
+
+def _packed_positions(mask_function) -> torch.Tensor | None:
+    """position_ids where a function is causal within packed sequences, and nothing else."""
+    joined = _joined(mask_function)
+    if set(joined) != _PACKED_PARTS:
+        return None
+    inner, positions = None, None
+    for part in _parts(joined["remap_positions_for_packed_sequence"]):
+        inner, positions = (inner, part) if isinstance(part, torch.Tensor) else (part, positions)
+    return positions if _is_causal(inner) else None
 
 
 def fastpeft_attention(
@@ -101,23 +132,25 @@ def fastpeft_attention(
     batch, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     terms = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
-    bias = position_bias
+    bias, packed = position_bias, None
     if attention_mask is not None and attention_mask.dim() == 4:
-        causal = False
-        if attention_mask.dtype == torch.bool and attention_mask.shape[1] == attention_mask.shape[2] == 1:
+        packed = None if torch.compiler.is_compiling() or bias is not None else _OF_MASK.get(attention_mask)
+        causal = packed is not None
+        if causal:
+            pass
+        elif attention_mask.dtype == torch.bool and attention_mask.shape[1] == attention_mask.shape[2] == 1:
             terms["key_padding_mask"] = attention_mask[:, 0, 0].expand(batch, sk)
         else:
             bias = _added(position_bias, attention_mask, q.dtype)
-    else:
-        if causal and sliding_window is not None:
-            terms["window"] = sliding_window - 1
-        if attention_mask is not None:
-            terms["key_padding_mask"] = attention_mask[:, -sk:].bool()
-        elif causal and bias is None and sq == sk:
-            packed = (cu_seq_lens_q, cu_seq_lens_k) if cu_seq_lens_q is not None else _packed(position_ids, batch, sq)
-            if packed is not None:
-                terms["cu_seqlens_q"], terms["cu_seqlens_k"] = (part.to(torch.int32) for part in packed)
-                q, k, v = (tensor.reshape(1, batch * sq, *tensor.shape[2:]) for tensor in (q, k, v))
+    elif attention_mask is not None:
+        terms["key_padding_mask"] = attention_mask[:, -sk:].bool()
+    elif causal and bias is None and sq == sk:
+        packed = (cu_seq_lens_q, cu_seq_lens_k) if cu_seq_lens_q is not None else _packed(position_ids, batch, sq)
+    if causal and sliding_window is not None:
+        terms["window"] = sliding_window - 1
+    if packed is not None:
+        terms["cu_seqlens_q"], terms["cu_seqlens_k"] = (part.to(torch.int32) for part in packed)
+        q, k, v = (tensor.reshape(1, batch * sq, *tensor.shape[2:]) for tensor in (q, k, v))
     width = v.shape[3]
     if width != k.shape[3]:  # heads of values that are narrower than those of keys, or wider
         widest = max(width, k.shape[3])
@@ -127,11 +160,23 @@ def fastpeft_attention(
     return o.reshape(batch, sq, *o.shape[2:]).contiguous(), None
 
 
+# A boolean mask as a bias, so that all layers share one: (dtype, version of the mask, bias).
+_BIASES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _added(position_bias, mask, dtype):
     """One bias for both: a hidden pair is -inf."""
     if mask.dtype == torch.bool:
         if position_bias is None:
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+            tracing = torch.compiler.is_compiling() or mask.is_inference()
+            state = None if tracing else (dtype, mask._version)
+            known = None if tracing else _BIASES.get(mask)
+            if known is not None and known[0] == state:
+                return known[1]
+            bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+            if not tracing:
+                _BIASES[mask] = (state, bias)
+            return bias
         return torch.where(mask, position_bias, float("-inf"))
     return mask if position_bias is None else position_bias + mask
 

@@ -103,8 +103,11 @@ def _keys(x, segment, t, dtype):
     return x[t.b, segment.first_k : segment.first_k + segment.n, t.h0 : t.h1].transpose(0, 1).to(dtype).contiguous()
 
 
-def _scores(segment, t, queries, keys, group, base):
-    """(s, tanh or None): the tile's scores [key heads, group * rows, columns], hidden ones -inf; base is added or None."""
+def _scores(segment, t, queries, keys, group, base, *, overwrite=False):
+    """(s, tanh or None): the tile's scores [key heads, group * rows, columns], hidden ones -inf; base is added or None.
+
+    overwrite: the scores may take the place of base.
+    """
     settings = segment.settings
     transposed = keys[:, t.c0 : t.c1].mT
     shape = t.h1 - t.h0, group * (t.r1 - t.r0), t.c1 - t.c0
@@ -114,7 +117,10 @@ def _scores(segment, t, queries, keys, group, base):
             s = torch.bmm(queries, transposed).mul_(settings.scale)
         else:
             s = base.expand(-1, shape[0] * group, t.r1 - t.r0, shape[2]).reshape(shape)
-            s = torch.baddbmm(s, queries, transposed, alpha=settings.scale)
+            if overwrite:  # what was only expanded is copied first
+                s = s.contiguous().baddbmm_(queries, transposed, alpha=settings.scale)
+            else:
+                s = torch.baddbmm(s, queries, transposed, alpha=settings.scale)
     else:
         tanh = torch.bmm(queries, transposed).mul_(settings.scale / settings.softcap).tanh_()
         s = tanh * settings.softcap
@@ -190,7 +196,8 @@ def backward(do, q, k, v, o, lse, terms: Terms, settings: Settings, needs):
         columns = slice(segment.first_k + t.c0, segment.first_k + t.c1)
         queries, grads = (_queries(x, segment, t, group, dtype) for x in (q, do))
         base, minus_lse = _base(segment, t, group, dtype), -lse[t.b, in_heads, rows, None]
-        p, tanh = _scores(segment, t, queries, keys, group, minus_lse[None] if base is None else base + minus_lse)
+        base = minus_lse[None] if base is None else base + minus_lse
+        p, tanh = _scores(segment, t, queries, keys, group, base, overwrite=True)
         p.exp_()
         keep = _keep(p, t, settings).div_(kept) if settings.threshold else None
         if need_v:

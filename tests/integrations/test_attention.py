@@ -186,6 +186,22 @@ def test_packed_sequences_do_not_see_each_other(name, use_cache):
         assert_close("logits", packed, torch.cat(alone, dim=1), GRADIENTS_THROUGH_A_MODEL)
 
 
+def test_layers_of_packed_sequences_keep_nothing_of_the_mask(monkeypatch):
+    """The mask is made, since other code may look at it, and read as sequences: no layer makes a bias of it."""
+    from fastpeft.integrations import attention as integration
+
+    calls = []
+    monkeypatch.setattr(integration, "attention", lambda *args, **terms: calls.append(terms) or args[0])
+    model = with_ours(make("mistral"))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    model(input_ids=token_ids(), position_ids=positions, use_cache=False)
+    assert len(calls) == 2
+    for terms in calls:
+        assert terms["bias"] is None
+        assert terms["window"] == WINDOW - 1
+        assert terms["cu_seqlens_q"].tolist() == [0, 3, 12, 15, 24, 27, 36]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
 def test_decoding_with_a_cache(name, padded):
