@@ -73,6 +73,14 @@ def test_each_term(term, sizes):
     check(*draw(sq=sq, sk=sk, **options))
 
 
+@pytest.mark.parametrize("term", [*ONE_TERM, "wide window"])
+def test_each_term_in_small_pieces(term, monkeypatch):
+    """Tiles and pieces cut as those of long sequences are: partly hidden on either side, wholly visible, and left out."""
+    cut_small(monkeypatch)
+    options = ONE_TERM.get(term, {"window": (9, 7), "softcap": 3.0})
+    check(*draw(sq=23, sk=31, **options))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("term", ["plain", "causal", "bias of heads", "relative", "softcap", "sinks", "left padding"])
 def test_half_precision(term, dtype):
