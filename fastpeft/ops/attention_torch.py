@@ -21,11 +21,11 @@ import torch
 from fastpeft import backend
 from fastpeft.ops import attention_tiles
 from fastpeft.ops.attention_scores import Segment, segments
+from fastpeft.ops.attention_sdpa import WIDE_FORWARD_FROM
 from fastpeft.ops.attention_terms import Settings, Terms
 
 _ROWS = 128  # queries of a piece where a mask is made for it
 _MASK = 2**20  # elements of such a mask, at most, unless one head of 16 queries has more
-_WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the forward pass
 
 _SINKS = Terms._fields.index("sinks")  # put around the kernel's result, whatever made it
 
@@ -127,7 +127,7 @@ def forward(q, k, v, terms: Terms, settings: Settings):
     if not _by_flash(q, terms, settings):
         return attention_tiles.forward(q, k, v, terms, settings)
     dtype = q.dtype
-    widen = dtype == torch.bfloat16 and (q.shape[1] >= _WIDE_FORWARD_FROM or terms.sinks is not None)
+    widen = dtype == torch.bfloat16 and (q.shape[1] >= WIDE_FORWARD_FROM or terms.sinks is not None)
     if (widen and not backend.cpu_multiplies_bfloat16()) or (dtype == torch.float16 and terms.sinks is not None):
         q, k, v = q.float(), k.float(), v.float()
     o, lse = _forward(q, k, v, terms, settings)
