@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdaLoraConfig": "fastpeft.methods.adalora",
+    "AttentionConfig": "fastpeft.layers.attention",
     "AutoPeftModel": "fastpeft.integrations.auto",
     "AutoPeftModelForCausalLM": "fastpeft.integrations.auto",
     "AutoPeftModelForFeatureExtraction": "fastpeft.integrations.auto",
@@ -21,15 +22,19 @@ _EXPORTS = {
     "BOFTConfig": "fastpeft.methods.boft",
     "BitFitConfig": "fastpeft.methods.bitfit",
     "BottleneckConfig": "fastpeft.methods.bottleneck",
+    "CrossAttention": "fastpeft.layers.attention",
     "EvaConfig": "fastpeft.methods.lora",
     "FusionConfig": "fastpeft.methods.fusion",
     "IA3Config": "fastpeft.methods.ia3",
+    "KeyValueCache": "fastpeft.layers.cache",
     "LNTuningConfig": "fastpeft.methods.layernorm_tuning",
+    "LearnedPositionalEmbedding": "fastpeft.layers.positions",
     "LoRAEmbedding": "fastpeft.layers.lora",
     "LoRALinear": "fastpeft.layers.lora",
     "LoftQConfig": "fastpeft.methods.lora",
     "LoraConfig": "fastpeft.methods.lora",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "fastpeft.model.tasks",
+    "MultiHeadAttention": "fastpeft.layers.attention",
     "MultitaskPromptTuningConfig": "fastpeft.methods.multitask_prompt_tuning",
     "MultitaskPromptTuningInit": "fastpeft.methods.kinds",
     "NoTargetError": "fastpeft.methods.targets",
@@ -49,7 +54,14 @@ _EXPORTS = {
     "PromptEncoderReparameterizationType": "fastpeft.methods.kinds",
     "PromptTuningConfig": "fastpeft.methods.prompt_tuning",
     "PromptTuningInit": "fastpeft.methods.kinds",
+    "RelativeBias": "fastpeft.ops.attention",
+    "RelativePositionBias": "fastpeft.layers.positions",
+    "RopeScaling": "fastpeft.ops.rope_tables",
+    "RotaryEmbedding": "fastpeft.layers.positions",
+    "SinusoidalPositionalEmbedding": "fastpeft.layers.positions",
     "TaskType": "fastpeft.methods.kinds",
+    "apply_rope": "fastpeft.ops.rope",
+    "attention": "fastpeft.ops.attention",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
     "dequantize": "fastpeft.integrations.dequantize",
     "finetune": "fastpeft.training.finetune",
@@ -75,6 +87,7 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdaLoraConfig",
+    "AttentionConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -85,14 +98,18 @@ __all__ = [
     "BOFTConfig",
     "BitFitConfig",
     "BottleneckConfig",
+    "CrossAttention",
     "EvaConfig",
     "FusionConfig",
     "IA3Config",
+    "KeyValueCache",
     "LNTuningConfig",
+    "LearnedPositionalEmbedding",
     "LoRAEmbedding",
     "LoRALinear",
     "LoftQConfig",
     "LoraConfig",
+    "MultiHeadAttention",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoTargetError",
@@ -111,8 +128,15 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RelativeBias",
+    "RelativePositionBias",
+    "RopeScaling",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEmbedding",
     "TaskType",
     "__version__",
+    "apply_rope",
+    "attention",
     "create_loraplus_optimizer",
     "dequantize",
     "finetune",
@@ -147,7 +171,15 @@ if TYPE_CHECKING:
     from fastpeft.integrations.dequantize import dequantize
     from fastpeft.integrations.loftq import replace_lora_weights_loftq
     from fastpeft.integrations.quantize import quantize
+    from fastpeft.layers.attention import AttentionConfig, CrossAttention, MultiHeadAttention
+    from fastpeft.layers.cache import KeyValueCache
     from fastpeft.layers.lora import LoRAEmbedding, LoRALinear
+    from fastpeft.layers.positions import (
+        LearnedPositionalEmbedding,
+        RelativePositionBias,
+        RotaryEmbedding,
+        SinusoidalPositionalEmbedding,
+    )
     from fastpeft.methods.adalora import AdaLoraConfig
     from fastpeft.methods.bitfit import BitFitConfig
     from fastpeft.methods.boft import BOFTConfig
@@ -189,7 +221,10 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
     )
+    from fastpeft.ops.attention import RelativeBias, attention
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.ops.rope import apply_rope
+    from fastpeft.ops.rope_tables import RopeScaling
     from fastpeft.training.finetune import finetune
     from fastpeft.training.loraplus import create_loraplus_optimizer
     from fastpeft.tuner.scaling import rescale_adapter_scale

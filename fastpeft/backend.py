@@ -69,6 +69,13 @@ def matmul_precision(device: torch.device) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """True if this CPU has matrix instructions for bfloat16 (AMX): float32 is then the slower of the two."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
 class GpuFacts(NamedTuple):
     """What PyTorch knows about a device; zeros where it does not. clock in Hz, bandwidth in bytes/s, l2 in bytes."""
 

@@ -25,6 +25,9 @@ MERGED_EQUALS_UNMERGED = 1e-5
 OTHER_ORDER_OF_SUMS = 1e-6
 """The same float32 sums taken in another order (another kernel, recomputed activations), for `assert_close`."""
 
+CANCELLED_GRADIENT = 4e-6
+"""Rounding that a float32 gradient of attention may keep where its terms, of order one, cancel (a softmax over one key)."""
+
 GRADIENTS_THROUGH_A_MODEL = 1e-5
 """float32 gradients through a whole model, sums taken in another order (another library, recomputed), for `assert_close`."""
 
@@ -120,6 +123,12 @@ def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, limit: fl
         f"{name}: largest difference {error.max().item():.3e} > {allowed:.3e} at {worst}: "
         f"got {got[worst].item():.8g}, expected {expected[worst].item():.8g}"
     )
+
+
+def is_close(got: torch.Tensor, expected: torch.Tensor, limit: float) -> bool:
+    """What `assert_close` asserts, as an answer."""
+    error = (got.double() - expected.double()).abs().max().item() if got.numel() else 0.0
+    return error <= limit * max(1.0, expected.double().abs().max().item() if got.numel() else 0.0)
 
 
 def assert_bits_equal(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:

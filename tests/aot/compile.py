@@ -20,7 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 WAVES = {"gfx942": 64, "gfx1100": 32}  # lanes per warp of AMD's targets
-SHIPPED = ("fastpeft.kernels.aot_cases", "fastpeft.kernels.aot_nf4", "fastpeft.kernels.aot_dora")
+SHIPPED = (
+    "fastpeft.kernels.aot_cases",
+    "fastpeft.kernels.aot_nf4",
+    "fastpeft.kernels.aot_dora",
+    "fastpeft.kernels.aot_rope",
+)
 DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 
