@@ -21,7 +21,8 @@ _SM_80: _Table = {
     ("dq", 64): (128, 32, 4, 2),
     ("dkdv", 64): (32, 128, 4, 2),
     ("dkdv_bias", 64): (32, 128, 8, 2),
-    ("fwd", 128): (64, 64, 4, 2),
+    ("fwd", 128): (128, 64, 8, 2),
+    ("fwd_bias", 128): (64, 64, 4, 2),
     ("dq", 128): (64, 64, 4, 2),
     ("dkdv", 128): (32, 128, 8, 2),
     ("dkdv_bias", 128): (32, 64, 4, 2),
@@ -51,7 +52,10 @@ _GFX942: _Table = {
     ("dq", 256): (64, 32, 4, 1),
     ("dkdv", 256): (32, 32, 4, 1),
 }
-_SMALL: _Table = {(kernel, d): (32, 32, 4, 2) for kernel in ("fwd", "dq", "dkdv") for d in (64, 128, 256)}
+# float32 everywhere, and GPUs without rows of their own: one stage where two would pass 64 KiB of shared memory.
+_SMALL: _Table = {
+    (kernel, d): (32, 32, 4, 2 if d == 64 else 1) for kernel in ("fwd", "dq", "dkdv") for d in (64, 128, 256)
+}
 _TABLE = {"sm_80": _SM_80, "sm_86": _SM_80, "sm_90": _SM_90, "sm_100": _SM_90, "gfx942": _GFX942}
 
 

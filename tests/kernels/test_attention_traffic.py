@@ -85,9 +85,9 @@ def test_every_tile_that_is_read_is_seen(sq, sk, left, right, probe):
 
 
 def test_causal_reads_about_half(probe):
-    q, k = torch.randn(1, 256, 1, D), torch.randn(1, 256, 1, D)
+    q, k, v = (torch.randn(1, 256, 1, D) for _ in range(3))
     for right in (None, 0):
-        attention_fwd(q, k, k, AttentionCall(D**-0.5, right=right), precision="ieee")
+        attention_fwd(q, k, v, AttentionCall(D**-0.5, right=right), precision="ieee")
     full, causal = (probe.bytes_asked(index)["k_ptr", "load"] for index in (0, 1))
     assert full == 8 * 256 * D * SIZE
     assert causal == full * 9 // 16  # 8 tiles a side: 36 of 64
