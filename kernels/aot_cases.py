@@ -74,6 +74,7 @@ class AotCase:
     elements, stage_bytes: for a kernel that streams one large tensor, the elements of it that one turn of one program's
     main loop consumes, and the bytes of it that one stage of the pipeline holds.
     limits: gates that differ for this case from those that every kernel has to pass.
+    options: of the compiler, beside warps and stages.
     """
 
     name: str
@@ -87,6 +88,7 @@ class AotCase:
     elements: int | None = None
     stage_bytes: int | None = None
     limits: dict[str, float] = field(default_factory=dict)
+    options: dict[str, int] = field(default_factory=dict)
 
 
 def target_for(arch: str) -> Target:
@@ -210,4 +212,5 @@ def case_of(name: str, launch: Launch) -> AotCase:
         elements=streamed,
         stage_bytes=streamed * launch.args[0].element_size() if streamed else None,
         limits={} if is_gemm else _MEMORY_BOUND,
+        options=launch.config.options,
     )

@@ -70,7 +70,8 @@ def launch(kernel, grid: tuple[int, ...], config: TileConfig, *args, **constexpr
         recording.launches.append(Launch(kernel, grid, args, constexprs, config))
         return
     with _device_of(getattr(args[0], "base", args[0])):
-        kernel[grid](*args, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **config.options}
+        kernel[grid](*args, **constexprs, **options)
 
 
 def _device_of(tensor: torch.Tensor):

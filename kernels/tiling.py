@@ -34,7 +34,10 @@ GROUP_M = 8  # row tiles that share w's column tile in L2
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One kernel's tile, in elements; sides that a kernel lacks are 1. block_r: the chunk of the rank one product takes."""
+    """One kernel's tile, in elements; sides that a kernel lacks are 1. block_r: the chunk of the rank one product takes.
+
+    matrix_side: rows of one matrix instruction, AMD only; 0 is the compiler's choice.
+    """
 
     block_m: int
     block_n: int
@@ -43,6 +46,12 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = GROUP_M
+    matrix_side: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch passes beside warps and stages."""
+        return {"matrix_instr_nonkdim": self.matrix_side} if self.matrix_side else {}
 
 
 _T = TileConfig

@@ -87,7 +87,7 @@ def distances(
     return j - beside[:, None], of_query[:, None] == of_key
 
 
-def weights(
+def scores(
     q: torch.Tensor,
     k: torch.Tensor,
     *,
@@ -98,13 +98,12 @@ def weights(
     bias: torch.Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """p [B, H, Sq, Sk], before dropout. Rows sum to 1, less the sink's share; rows without a visible key to 0."""
-    (batch, sq, heads, d), sk = q.shape, k.shape[1]
+    """s [B, H, Sq, Sk]; -inf where a key is hidden."""
+    (_, sq, heads, d), sk = q.shape, k.shape[1]
     k = k.repeat_interleave(heads // k.shape[2], dim=2)
     s = torch.einsum("bihd,bjhd->bhij", q, k) * (d**-0.5 if scale is None else scale)
     if softcap is not None:
@@ -126,13 +125,18 @@ def weights(
         visible = visible & (distance <= 0)
     if key_padding_mask is not None:
         visible = visible & key_padding_mask[:, None, None, :]
-    # A hidden score is -inf; a row of nothing else is taken out before the softmax, whose gradient would be NaN.
-    visible = visible.expand(batch, heads, sq, sk)
-    s = s.masked_fill(~visible, float("-inf"))
+    return s.masked_fill(~visible, float("-inf"))
+
+
+def weights(q: torch.Tensor, k: torch.Tensor, *, sinks: torch.Tensor | None = None, **terms) -> torch.Tensor:
+    """p [B, H, Sq, Sk], before dropout. A row sums to 1, less the sink's share; one without a visible key to 0."""
+    s = scores(q, k, **terms)
+    batch, heads, sq, sk = s.shape
     if sinks is not None:
         s = torch.cat([s, sinks.to(s.dtype).reshape(1, heads, 1, 1).expand(batch, heads, sq, 1)], dim=-1)
         return s.softmax(-1)[..., :sk]
-    empty = ~visible.any(-1, keepdim=True)
+    # A row without a key is taken out before the softmax, whose gradient would be NaN.
+    empty = (s == float("-inf")).all(-1, keepdim=True)
     return s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 

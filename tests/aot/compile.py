@@ -42,7 +42,7 @@ def measure_case(case, arch: str):
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", arch, WAVES[arch])
     attrs = {(index,): DIVISIBLE_BY_16 for index in case.divisible}
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(source, target=target, options=options)
     measure = sass.measure if nvidia else amdgcn.measure
     metrics = measure(compiled, arch, case.num_warps, dots_of(compiled.asm["ttir"]), case.tile_fma)

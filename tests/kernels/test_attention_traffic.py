@@ -1,0 +1,107 @@
+"""Bytes that the attention kernels ask for, against closed forms: one side once, the other side where a tile sees it."""
+
+import pytest
+import torch
+
+from fastpeft.kernels.attention_bwd import attention_bwd
+from fastpeft.kernels.attention_call import AttentionCall
+from fastpeft.kernels.attention_fwd import attention_fwd
+from fastpeft.kernels.attention_tiling import choose_attention
+from fastpeft.kernels.tiling import INTERPRETER
+
+BATCH, HEADS, KV_HEADS, D, SIZE = 1, 2, 1, 16, 4
+STATISTIC = 4  # bytes of lse and delta
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are counted in the interpreter")
+
+
+def tile_of(kernel: str, call: AttentionCall):
+    return choose_attention(kernel, INTERPRETER, D=D, dtype=torch.float32, call=call)
+
+
+def seen(tiled: int, other: int, block: int, other_block: int, before: int | None, after: int | None) -> int:
+    """Rows of the other side that all tiles of one side visit: whole tiles, less what is past the end."""
+    total = 0
+    for first in range(0, tiled, block):
+        last = min(first + block, tiled) - 1
+        low = 0 if before is None else min(max(first + other - tiled - before, 0), other)
+        high = other if after is None else min(max(last + other - tiled + after + 1, 0), other)
+        begin, end = low // other_block * other_block, -(-high // other_block) * other_block
+        total += max(min(end, other) - begin, 0)
+    return total
+
+
+CASES = [
+    pytest.param(70, 70, None, None, id="bidirectional"),
+    pytest.param(128, 128, None, 0, id="causal-even"),
+    pytest.param(70, 101, None, 0, id="causal-longer-keys"),
+    pytest.param(101, 70, None, 0, id="causal-rows-without-keys"),
+    pytest.param(128, 128, 20, 0, id="window"),
+]
+
+
+@pytest.mark.parametrize(("sq", "sk", "left", "right"), CASES)
+def test_every_tile_that_is_read_is_seen(sq, sk, left, right, probe):
+    call = AttentionCall(D**-0.5, left=left, right=right)
+    q, do = torch.randn(BATCH, sq, HEADS, D), torch.randn(BATCH, sq, HEADS, D)
+    k, v = torch.randn(BATCH, sk, KV_HEADS, D), torch.randn(BATCH, sk, KV_HEADS, D)
+    o, lse = attention_fwd(q, k, v, call, precision="ieee")
+    nothing = {"bias_shape": None, "with_distances": False, "with_sinks": False}
+    attention_bwd(do, q, k, v, o, lse, call, with_keys=True, precision="ieee", **nothing)
+    row = HEADS * D * SIZE  # bytes of one token of all query heads
+    tile = tile_of("fwd", call)
+    keys = seen(sq, sk, tile.block_m, tile.block_n, left, right) * row
+    assert probe.bytes_asked(0) == {
+        ("q_ptr", "load"): sq * row,
+        ("k_ptr", "load"): keys,
+        ("v_ptr", "load"): keys,
+        ("o_ptr", "store"): sq * row,
+        ("lse_ptr", "store"): lse.numel() * STATISTIC,
+    }
+    tile = tile_of("dq", call)
+    keys = seen(sq, sk, tile.block_m, tile.block_n, left, right) * row
+    assert probe.bytes_asked(1) == {
+        **{(f"{name}_ptr", "load"): sq * row for name in ("q", "o", "do")},
+        ("k_ptr", "load"): keys,
+        ("v_ptr", "load"): keys,
+        ("lse_ptr", "load"): lse.numel() * STATISTIC,
+        ("delta_ptr", "store"): lse.numel() * STATISTIC,
+        ("dq_ptr", "store"): sq * row,
+    }
+    tile = tile_of("dkdv", call)
+    queries = seen(sk, sq, tile.block_n, tile.block_m, right, left)
+    asked = probe.bytes_asked(2)
+    statistics = [asked.pop((f"{name}_ptr", "load")) for name in ("lse", "delta")]
+    own = KV_HEADS * sk * D * SIZE
+    assert asked == {
+        ("k_ptr", "load"): own,
+        ("v_ptr", "load"): own,
+        ("q_ptr", "load"): queries * row,
+        ("do_ptr", "load"): queries * row,
+        ("dk_ptr", "store"): own,
+        ("dv_ptr", "store"): own,
+    }
+    assert all(0 <= moved - queries * HEADS * STATISTIC < asked["q_ptr", "load"] // D for moved in statistics)
+
+
+def test_causal_reads_about_half(probe):
+    q, k, v = (torch.randn(1, 256, 1, D) for _ in range(3))
+    for right in (None, 0):
+        attention_fwd(q, k, v, AttentionCall(D**-0.5, right=right), precision="ieee")
+    full, causal = (probe.bytes_asked(index)["k_ptr", "load"] for index in (0, 1))
+    assert full == 8 * 256 * D * SIZE
+    assert causal == full * 9 // 16  # 8 tiles a side: 36 of 64
+
+
+def test_nothing_of_the_scores_size_is_written(probe):
+    """No intermediate grows with Sq Sk: all stores together are o, lse, delta and the gradients."""
+    sq = sk = 96
+    q, k = torch.randn(1, sq, 2, D), torch.randn(1, sk, 2, D)
+    call = AttentionCall(D**-0.5, distances=torch.randn(2, 9), sinks=torch.randn(2))
+    o, lse = attention_fwd(q, k, k, call, precision="ieee")
+    asked = {"bias_shape": None, "with_distances": True, "with_sinks": True}
+    attention_bwd(q, q, k, k, o, lse, call, with_keys=True, precision="ieee", **asked)
+    written = sum(moved for launch in probe.launches for (_, kind), moved in launch.asked.items() if kind == "store")
+    linear = 4 * q.numel() * SIZE + 2 * lse.numel() * STATISTIC
+    histograms = 2 * (sq // 32) * 32 * SIZE + 2 * 9 * SIZE  # of each head and query tile, and their sum
+    assert written == linear + histograms
