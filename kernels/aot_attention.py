@@ -56,8 +56,12 @@ _GOALS: dict[str, dict[tuple[str, int, bool], tuple[float, ...]]] = {
         ("fwd", 128, False): (0.95, 0),
         ("dq", 64, False): (0.9, 0),
         ("dq", 128, False): (0.95, 4),
-        ("dkdv", 64, False): (0.72, 0),
-        ("dkdv", 128, False): (0.85, 0),
+        ("dkdv", 64, False): (0.72, 20),
+        ("dkdv", 128, False): (0.9, 0),
+        ("fwd", 64, True): (0.54, 0),
+        ("dq", 64, True): (0.83, 0),
+        ("dkdv", 64, True): (0.6, 10),
+        ("dkdv", 128, True): (0.77, 0),
     },
 }
 
