@@ -56,8 +56,12 @@ _GOALS: dict[str, dict[tuple[str, int, bool], tuple[float, ...]]] = {
         ("fwd", 128, False): (0.95, 0),
         ("dq", 64, False): (0.9, 0),
         ("dq", 128, False): (0.95, 4),
-        ("dkdv", 64, False): (0.72, 0),
-        ("dkdv", 128, False): (0.85, 0),
+        ("dkdv", 64, False): (0.72, 20),
+        ("dkdv", 128, False): (0.9, 0),
+        ("fwd", 64, True): (0.54, 0),
+        ("dq", 64, True): (0.83, 0),
+        ("dkdv", 64, True): (0.6, 10),
+        ("dkdv", 128, True): (0.77, 0),
     },
 }
 
@@ -73,6 +77,8 @@ def aot_cases(arch: str) -> list[AotCase]:
                 case = _case(f"attention_{kernel}-bf16-d{d}" + ("-bias" if bias else ""), kernel, launch)
                 goal = _GOALS.get(arch, {}).get((kernel, d, bias), ())
                 limits = dict(zip(("pipe_share", "spills", "loop_spills"), goal, strict=False))
+                if arch == "gfx942" and kernel == "dkdv":  # lse and delta come in loads of 4 bytes per lane
+                    limits["vec128"] = 0.7
                 cases.append(dataclasses.replace(case, limits=limits))
     launch = record_attention(target, 128, tokens=_EVEN_TOKENS, kv_heads=_HEADS)["dkdv"]
     even = _case("attention_dkdv-bf16-d128-even-own-heads", "dkdv", launch)

