@@ -41,6 +41,7 @@ _SM_90: _Table = {
     ("dq", 256): (64, 32, 4, 2),
     ("dkdv", 256): (32, 64, 4, 2),
 }
+_SM_100: _Table = _SM_90 | {("fwd_bias", 128): (128, 64, 8, 2)}
 _GFX942: _Table = {
     ("fwd", 64): (128, 64, 4, 2),
     ("dq", 64): (128, 32, 4, 2),
@@ -56,7 +57,7 @@ _GFX942: _Table = {
 _SMALL: _Table = {
     (kernel, d): (32, 32, 4, 2 if d == 64 else 1) for kernel in ("fwd", "dq", "dkdv") for d in (64, 128, 256)
 }
-_TABLE = {"sm_80": _SM_80, "sm_86": _SM_80, "sm_90": _SM_90, "sm_100": _SM_90, "gfx942": _GFX942}
+_TABLE = {"sm_80": _SM_80, "sm_86": _SM_80, "sm_90": _SM_90, "sm_100": _SM_100, "gfx942": _GFX942}
 
 
 def padded_head_dim(d: int) -> int:
@@ -75,4 +76,6 @@ def choose_attention(kernel: str, target: Target, *, D: int, dtype: torch.dtype,
     m, n, warps, stages, *side = plain if call.bias is None else table.get((f"{row}_bias", columns), plain)
     if kernel in ("dq", "dbias") and call.distances is not None:
         m = min(m, n)  # a tile's diagonals are told apart by blocks of its keys
+    if kernel == "fwd" and call.distances is not None and call.bias is not None:
+        n = min(n, 64)  # two stages of both terms beside 128 keys pass an H100's shared memory
     return TileConfig(m, n, block_d, 1, warps, stages, matrix_side=side[0] if side else 0)

@@ -8,7 +8,7 @@ from tests.aot.metrics import Metrics
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiled_kernels_reach_their_goals(arch):
     cases = aot.measure_in_subprocess(arch, ["fastpeft.kernels.aot_attention"])["cases"]
     failures = [
