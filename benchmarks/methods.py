@@ -244,27 +244,28 @@ def costs(method: Method, providers: list[str], task: Task, rounds: int) -> dict
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: a row per method, PEFT's figures behind a slash."""
+    """Markdown: a row per method, PEFT's figures behind a slash; times as ratios to full fine-tuning in the same rounds."""
     lines = [
-        "| method | accuracy | F1 | ROC-AUC | trainable % | step ms | kept MB | file kB |",
+        "| method | accuracy | F1 | ROC-AUC | trainable % | step time / full | kept MB | file kB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, method in METHODS.items():
         rows = [record["quality"].get(f"{name}/{provider}") for provider in ("fastpeft", "peft")]
         if rows[0] is None:
             continue
-        cost = record["costs"].get(name, {"ms": {}, "saved_MB": {}})
+        cost = record["costs"].get(name, {"ratio_to_full": {}, "saved_MB": {}})
         cells = [_both(row and f"{row[key]:.3f}" for row in rows) for key in ("accuracy", "f1", "roc_auc")]
         cells.append(f"{rows[0]['trainable_percent']:.2f}")
-        cells += [_both(_cost(cost[key], provider) for provider in ("fastpeft", "peft")) for key in ("ms", "saved_MB")]
+        for key, digits in (("ratio_to_full", 2), ("saved_MB", 0)):
+            cells.append(_both(_cost(cost[key], provider, name, digits) for provider in ("fastpeft", "peft")))
         cells.append(f"{rows[0]['file_bytes'] / 1000:.0f}")
         lines.append(f"| {method.title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cost(values: dict[str, float], provider: str) -> str | None:
-    value = values.get(provider)
-    return None if value is None else f"{value:.0f}"
+def _cost(values: dict[str, float], provider: str, method: str, digits: int) -> str | None:
+    value = values.get("full" if (method, provider) == ("full", "fastpeft") else provider)
+    return None if value is None else f"{value:.{digits}f}"
 
 
 def _both(values: Any) -> str:

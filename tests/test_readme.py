@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import lora_linear, training_step
+from benchmarks import lora_linear, methods, training_step
 from fastpeft.cli import COMMANDS, _parse
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +47,9 @@ def test_the_measured_tables_are_those_of_the_results_files(measured):
     assert f"`{path}`" in README
     assert measured.table(record["rows"]) in README
     assert record["machine"]["cpu"] in README
+
+
+def test_the_table_of_methods_is_that_of_the_results_file():
+    record = json.loads((ROOT / methods.RESULTS).read_text(encoding="utf-8"))
+    assert methods.table(record) in README
+    assert f"({record['machine']['isa']})" in README
