@@ -1,4 +1,4 @@
-"""quantize: a model whose linear weights take 4 or 8 bits. The name loads without transformers; calling it needs them."""
+"""quantize: a model whose linear weights take 4 or 8 bits. The name loads where transformers is missing; calling it needs it."""
 
 import os
 from collections.abc import Iterable
