@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Acceleration": "fastpeft.integrations.acceleration",
     "AdaLoraConfig": "fastpeft.methods.adalora",
     "AttentionConfig": "fastpeft.layers.attention",
     "AutoPeftModel": "fastpeft.integrations.auto",
@@ -60,6 +61,7 @@ _EXPORTS = {
     "RotaryEmbedding": "fastpeft.layers.positions",
     "SinusoidalPositionalEmbedding": "fastpeft.layers.positions",
     "TaskType": "fastpeft.methods.kinds",
+    "accelerate": "fastpeft.integrations.acceleration",
     "apply_rope": "fastpeft.ops.rope",
     "attention": "fastpeft.ops.attention",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
@@ -80,12 +82,14 @@ _EXPORTS = {
     "register_method": "fastpeft.methods.by_name",
     "replace_lora_weights_loftq": "fastpeft.integrations.loftq",
     "rescale_adapter_scale": "fastpeft.tuner.scaling",
+    "restore": "fastpeft.integrations.acceleration",
     "set_peft_model_state_dict": "fastpeft.model.plain",
 }
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "Acceleration",
     "AdaLoraConfig",
     "AttentionConfig",
     "AutoPeftModel",
@@ -135,6 +139,7 @@ __all__ = [
     "SinusoidalPositionalEmbedding",
     "TaskType",
     "__version__",
+    "accelerate",
     "apply_rope",
     "attention",
     "create_loraplus_optimizer",
@@ -155,10 +160,12 @@ __all__ = [
     "register_method",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "restore",
     "set_peft_model_state_dict",
 ]
 
 if TYPE_CHECKING:
+    from fastpeft.integrations.acceleration import Acceleration, accelerate, restore
     from fastpeft.integrations.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,

@@ -1,0 +1,81 @@
+"""fastpeft.accelerate and fastpeft.restore: one walk over a model, in which every part replaces what it knows."""
+
+import contextlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastpeft.integrations.acceleration.families import FAMILIES, Family
+from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEMORY = ("speed", "balanced", "memory")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What every part gets.
+
+    model: what the user passed; core: the transformers model in it; family: its row; ledger: where to record
+    memory: "speed" keeps what backward needs, "balanced" computes elementwise results again, "memory" also products
+    impl: implementation of the ops
+    """
+
+    model: nn.Module
+    core: "PreTrainedModel"
+    family: Family
+    ledger: Acceleration
+    memory: str
+    impl: str
+
+
+PARTS: dict[str, Callable[[Walk], None]] = {}
+"""Every part by name, in the order in which they are applied."""
+
+
+def accelerate(
+    model: nn.Module, *, parts: Collection[str] | None = None, memory: str = "balanced", impl: str = "auto"
+) -> Acceleration:
+    """Make the training step of a transformers model fast and small in place, without changing what it computes.
+
+    model: bare, or wrapped by PEFT (get_peft_model, TRL, model.add_adapter) or by fastpeft
+    parts: names of PARTS; None for all. Returns the ledger: its report() prints what was replaced, what was not, and why.
+    A model that is accelerated already is restored first, so that a call after new adapters finds them too.
+    Raises:  TypeError for a model that holds no transformers model; ValueError for an unknown part or memory policy
+    """
+    from transformers import PreTrainedModel
+
+    core = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if core is None:
+        raise TypeError(f"accelerate: expected a transformers model, bare or wrapped, got {type(model).__name__}")
+    chosen = list(PARTS) if parts is None else list(parts)
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        raise ValueError(f"accelerate: expected parts of {tuple(PARTS)}, got {unknown}")
+    if memory not in MEMORY:
+        raise ValueError(f"accelerate: expected memory in {MEMORY}, got {memory!r}")
+    restore(model)
+    ledger = Acceleration(model)
+    walk = Walk(
+        model, core, FAMILIES.get(core.config.model_type, Family(rotary=None, decoder=None)), ledger, memory, impl
+    )
+    model.__dict__[LEDGER] = ledger
+    with contextlib.ExitStack() as undo:
+        undo.callback(ledger.restore)
+        for name, apply in PARTS.items():
+            if name in chosen:
+                apply(walk)
+        undo.pop_all()  # nothing failed
+    return ledger
+
+
+def restore(model: nn.Module) -> None:
+    """Undo accelerate: classes, functions and settings are what they were. A model that is not accelerated stays as it is."""
+    for module in list(model.modules()):
+        ledger = module.__dict__.get(LEDGER)
+        if ledger is not None:
+            ledger.restore()
