@@ -1,0 +1,127 @@
+"""One way to take times, for every provider of a case.
+
+Providers run in turn, round after round, and the order turns with the rounds; a ratio is the median of the rounds' own ratios, so
+that what slows a round slows both. Before each sample the caches are flushed by writing a buffer larger than them.
+
+CPU   process CPU time with one thread; on request also wall time with all threads, which means something on a quiet machine only
+GPU   events; a step too short for its launches is captured as a CUDA graph where that can be done
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP = 2
+LEAST_ROUNDS = 7
+SAMPLE_SECONDS = 2e-4
+"""A sample repeats a shorter step until it takes about as long as this."""
+FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per step of one provider, one value a round."""
+
+    samples: tuple[float, ...]
+
+    def microseconds(self) -> list[float]:
+        """The 20th, 50th and 80th percentile."""
+        cuts = statistics.quantiles(self.samples, n=5, method="inclusive")
+        return [round(value * 1e6, 2) for value in (cuts[0], statistics.median(self.samples), cuts[3])]
+
+
+def ratio(above: Times, below: Times) -> float:
+    """Median over rounds of above / below."""
+    return statistics.median(one / two for one, two in zip(above.samples, below.samples, strict=True))
+
+
+def interleaved(
+    steps: dict[str, Step], seconds: float, clock: Callable[[Step, int], float], flush: Step
+) -> dict[str, Times]:
+    """Times of every step, over rounds that take about `seconds` in all. clock(step, n): seconds of n steps."""
+    names = list(steps)
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    repeats = {name: max(1, int(SAMPLE_SECONDS / max(clock(steps[name], 1), 1e-7))) for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end, number = time.monotonic() + seconds, 0
+    while number < LEAST_ROUNDS or time.monotonic() < end:
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            flush()
+            samples[name].append(clock(steps[name], repeats[name]) / repeats[name])
+        number += 1
+    return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def cpu_clock(step: Step, count: int) -> float:
+    start = time.process_time()
+    for _ in range(count):
+        step()
+    return time.process_time() - start
+
+
+def wall_clock(step: Step, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return time.perf_counter() - start
+
+
+def gpu_clock(step: Step, count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def flusher(device: torch.device) -> Step:
+    """Writes a buffer larger than the device's caches."""
+    size = FLUSH_BYTES["cuda" if device.type == "cuda" else "cpu"]
+    buffer = torch.empty(size, dtype=torch.int8, device=device)
+    return buffer.zero_
+
+
+def as_graph(step: Step, device: torch.device) -> Step:
+    """The step as one CUDA graph, or the step itself where it cannot be captured."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP + 1):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        return step
+    return graph.replay
+
+
+def times_of(
+    steps: dict[str, Step], device: torch.device, seconds: float, *, small: bool = False, wall: bool = False
+) -> dict[str, dict[str, Times]]:
+    """{"cpu" | "wall" | "gpu": {name: Times}}. small: capture graphs on a GPU; wall: a second pass on a CPU, with all threads."""
+    if device.type == "cuda":
+        run = {name: as_graph(step, device) for name, step in steps.items()} if small else steps
+        return {"gpu": interleaved(run, seconds, gpu_clock, flusher(device))}
+    before, flush = torch.get_num_threads(), flusher(device)
+    try:
+        torch.set_num_threads(1)
+        found = {"cpu": interleaved(steps, seconds, cpu_clock, flush)}
+        torch.set_num_threads(before)
+        if wall:
+            found["wall"] = interleaved(steps, seconds, wall_clock, flush)
+    finally:
+        torch.set_num_threads(before)
+    return found
