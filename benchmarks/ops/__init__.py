@@ -5,6 +5,6 @@ from benchmarks.case import Op
 
 def ops() -> dict[str, Op]:
     """Every op by name."""
-    from benchmarks.ops import attention, lora
+    from benchmarks.ops import attention, elementwise, lora, loss, quantize
 
-    return {op.name: op for op in (lora.OP, attention.OP)}
+    return {op.name: op for op in (lora.OP, attention.OP, loss.OP, *elementwise.OPS, quantize.OP)}
