@@ -79,7 +79,8 @@ def _store_gradient(
     offs_v,
     V,
     label,
-    lse,
+    top,
+    log_sum,
     gain,
     kept,
     g,
@@ -96,7 +97,7 @@ def _store_gradient(
         mask_v = None
         logits = tl.load(logits_row + offs_v).to(tl.float32)
     z = _capped(logits, bias_ptr, offs_v, mask_v, softcap, logit_scale)
-    d = gain * tl.exp(z - lse) - tl.where(offs_v == label, kept, 0.0)
+    d = gain * tl.exp((z - top) - log_sum) - tl.where(offs_v == label, kept, 0.0)
     if label_smoothing is not None:
         d -= label_smoothing / V
     if softcap is not None:
@@ -159,16 +160,19 @@ def _cross_entropy_kernel(
                 MASKED=True
             )  # fmt: skip
         top = tl.max(highest, axis=0)
-        lse = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
+        log_sum = tl.log(
+            tl.sum(total * tl.exp(highest - top), axis=0)
+        )  # lse = top + log_sum, kept apart: top may be large
 
         kept = 1.0
-        loss = lse
+        loss = log_sum
         if label_smoothing is not None:
             kept = 1.0 - label_smoothing
-            loss -= label_smoothing * (tl.sum(plain, axis=0) / V)
-        loss -= kept * at_label
+            loss -= label_smoothing * (tl.sum(plain, axis=0) / V - top)
+        loss -= kept * (at_label - top)
         gain = 1.0
         if z_loss is not None:
+            lse = top + log_sum
             loss += z_loss * lse * lse
             gain = 1.0 + 2.0 * z_loss * lse
         tl.store(losses_ptr + row, loss)
@@ -182,12 +186,12 @@ def _cross_entropy_kernel(
             out_row = out_ptr + row * stride_om
             for first in range(0, whole, BLOCK_V):
                 _store_gradient(
-                    out_row, logits_row, bias_ptr, first + offs_block, V, label, lse, gain, kept, g, softcap, logit_scale,
+                    out_row, logits_row, bias_ptr, first + offs_block, V, label, top, log_sum, gain, kept, g, softcap, logit_scale,
                     label_smoothing, MASKED=False
                 )  # fmt: skip
             if whole < V:
                 _store_gradient(
-                    out_row, logits_row, bias_ptr, whole + offs_block, V, label, lse, gain, kept, g, softcap, logit_scale,
+                    out_row, logits_row, bias_ptr, whole + offs_block, V, label, top, log_sum, gain, kept, g, softcap, logit_scale,
                     label_smoothing, MASKED=True
                 )  # fmt: skip
 

@@ -93,20 +93,22 @@ def _in_place(z, labels, terms: Terms, gain, want: bool) -> torch.Tensor:
         slope = torch.square(z).neg_().add_(1.0) if want else None
         z.mul_(terms.softcap)
     kept, v = 1.0 - terms.label_smoothing, z.shape[1]
-    loss = -kept * z.gather(-1, at)
-    if terms.label_smoothing:
-        loss -= z.mean(-1, keepdim=True).mul_(terms.label_smoothing)
     top = z.amax(-1, keepdim=True)
+    loss = (top - z.gather(-1, at)).mul_(kept)
+    if terms.label_smoothing:
+        loss += (top - z.mean(-1, keepdim=True)).mul_(terms.label_smoothing)
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    lse = total.log().add_(top)
-    loss += lse + lse.square().mul_(terms.z_loss) if terms.z_loss else lse
+    loss += total.log()
+    if terms.z_loss:
+        lse = total.log().add_(top)
+        loss += lse.square().mul_(terms.z_loss)
     if want:
         g = z.new_full((), terms.logit_scale) if gain is None else gain * terms.logit_scale
         rate = lse.mul(2.0 * terms.z_loss).add_(1.0).div_(total) if terms.z_loss else total.reciprocal()
         z.mul_(rate * g)
         if terms.label_smoothing:
             z.sub_(g * (terms.label_smoothing / v))
-        z.scatter_add_(-1, at, (-kept * g).expand_as(lse))
+        z.scatter_add_(-1, at, (-kept * g).expand_as(total))
         if slope is not None:
             z.mul_(slope)
         z.masked_fill_(ignored, 0.0)

@@ -176,6 +176,17 @@ def test_two_backwards_agree(reduction, dtype, impl, device):
         assert_bits_equal(name, one, other)
 
 
+@EACH_IMPL
+def test_logits_far_from_zero_lose_nothing(impl, device):
+    """log-sum-exp is not formed where its parts cancel: three equal logits of -3e4 have the loss log 3."""
+    x = torch.full((1, 1), -3e4, device=device, requires_grad=True)
+    loss = linear_cross_entropy(
+        x, torch.ones(3, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), impl=impl
+    )
+    exact = torch.log(torch.tensor(3.0, dtype=FP64))
+    assert_no_worse("loss", loss.detach(), exact, exact.float())
+
+
 def test_checkpointing_of_both_kinds_is_bit_equal():
     x, w, bias, labels = draw("odd", FP32)
     expected = run("torch", x, w, bias, labels, torch.ones(()))
