@@ -186,13 +186,13 @@ def _cross_entropy_kernel(
             out_row = out_ptr + row * stride_om
             for first in range(0, whole, BLOCK_V):
                 _store_gradient(
-                    out_row, logits_row, bias_ptr, first + offs_block, V, label, top, log_sum, gain, kept, g, softcap, logit_scale,
-                    label_smoothing, MASKED=False
+                    out_row, logits_row, bias_ptr, first + offs_block, V, label, top, log_sum, gain, kept, g, softcap,
+                    logit_scale, label_smoothing, MASKED=False
                 )  # fmt: skip
             if whole < V:
                 _store_gradient(
-                    out_row, logits_row, bias_ptr, whole + offs_block, V, label, top, log_sum, gain, kept, g, softcap, logit_scale,
-                    label_smoothing, MASKED=True
+                    out_row, logits_row, bias_ptr, whole + offs_block, V, label, top, log_sum, gain, kept, g, softcap,
+                    logit_scale, label_smoothing, MASKED=True
                 )  # fmt: skip
 
 
