@@ -6,6 +6,15 @@
 
 A chunk of rows of logits is held at a time. Gradients are formed in the forward pass, for a loss whose own gradient is 1, and
 kept instead of x, w and the logits: dx in x's dtype, and dw and dbias where they train. Backward multiplies them by dy.
+
+Beside transformers' ForCausalLMLoss over the head's logits, on a CPU (one thread of an AMD Zen 5, which other work shared;
+M = 1024, K = 576, V = 49152, w frozen, forward and backward, medians of 3, interleaved):
+
+                                     CPU seconds                peak                 kept for backward
+    bfloat16                         1.10 -> 0.69  (1.6x)       576 -> 27 MiB        192 -> 1.1 MiB
+    bfloat16, half the labels        1.09 -> 0.34  (3.2x)       576 -> 27 MiB        192 -> 1.1 MiB
+    float32                          1.75 -> 1.49  (1.2x)       576 -> 50 MiB        192 -> 2.3 MiB
+    float32, half the labels         2.01 -> 0.80  (2.5x)       576 -> 51 MiB        192 -> 2.3 MiB
 """
 
 import torch

@@ -14,6 +14,7 @@ MIN_ROWS = 64
 
 
 def _keeps_float32(like: torch.Tensor) -> bool:
+    """cuBLAS returns float32 of half-precision factors; PyTorch does not offer it for ROCm."""
     return like.device.type == "cuda" and torch.version.hip is None and like.dtype in (torch.float16, torch.bfloat16)
 
 
