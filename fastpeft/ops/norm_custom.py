@@ -79,7 +79,7 @@ def _keep(ctx, inputs, output):
     x, residual, weight, bias, _, ctx.offset, centred, _, ctx.impl = inputs
     _, h, mean, rstd = output
     ctx.save_for_backward(x if residual is None else h, weight, mean if centred else None, rstd)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual, ctx.bias_dtype = residual is not None, None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -87,6 +87,7 @@ def _differentiate(ctx, dy, dh, *_):
     h, weight, mean, rstd = ctx.saved_tensors
     need_inputs = ctx.needs_input_grad[:2]
     needs = [any(need_inputs), *[bool(need) for need in ctx.needs_input_grad[2:4]]]
+    dh = dh if ctx.has_residual else None
     dx, dw, dbias = dh, None, None
     if dy is not None:
         grads = norm_backward(dy, dh, h, weight, mean, rstd, ctx.offset, ctx.bias_dtype, needs, ctx.impl)

@@ -76,11 +76,23 @@ def backward(dy, dh, h, w, mean, rstd, offset, bias_dtype, needs):
 
 
 def _layer_norm_backward(dy, dh, h, w, mean, rstd, bias_dtype, needs):
+    need_x, need_w, need_bias = needs
+    wide = rstd.dtype
     bias = None if bias_dtype is None else torch.empty(h.shape[1:], dtype=bias_dtype, device=h.device)  # not read
     x, scale, bias = _operands(h, w, bias)
+    own_sums = x.dtype != wide and x.device.type == "cpu"  # PyTorch adds the rows up in half precision there
+    mask = [need_x, need_w and not own_sums, need_bias and not own_sums]
     dx, dw, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy.to(x.dtype), x, h.shape[1:], mean, rstd, scale, bias, list(needs)
+        dy.to(x.dtype), x, h.shape[1:], mean, rstd, scale, bias, mask
     )
+    if own_sums and (need_w or need_bias):
+        dw, dbias = (torch.zeros(h.shape[1:], dtype=wide) if need else None for need in (need_w, need_bias))
+        for part in _chunks(h):
+            g = dy[part].to(wide)
+            if need_bias:
+                dbias += g.sum(dim=0)
+            if need_w:
+                dw.addmv_(g.mul_(h[part].to(wide).sub_(mean[part])).t(), rstd[part][:, 0])
     if dx is not None:
         dx = dx.to(h.dtype) if dh is None else (dx + dh).to(h.dtype)
     return dx, None if dw is None else dw.to(w.dtype), None if dbias is None else dbias.to(bias_dtype)
