@@ -109,7 +109,14 @@ def _run(x, residual, weight, bias, eps, offset, centred, dtype, impl):
 
         y, h, *_ = norm(x, residual, weight, bias, eps, offset, centred, dtype, chosen)
         return y if residual is None else (y, h)
-    return _Norm.apply(x, residual, weight, bias, eps, offset, centred, dtype, chosen)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
+    ):
+        return _Norm.apply(x, residual, weight, bias, eps, offset, centred, dtype, chosen)
+    if chosen == "torch" and residual is None and not centred and norm_torch.is_small(x, dtype):
+        return norm_torch.small_rms_norm(x, weight, eps, offset)
+    y, h, _, _ = PASSES[chosen].forward(rows_of(x), rows_of(residual), weight, bias, eps, offset, centred, dtype)
+    return y.view(x.shape) if h is None else (y.view(x.shape), h.view(x.shape))
 
 
 def _composed(x, residual, weight, bias, eps, offset, centred, dtype):

@@ -1,8 +1,11 @@
 """RMSNorm and LayerNorm of both implementations against float64: values, every gradient, dtypes, refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fastpeft.ops import norm_torch
 from fastpeft.ops.norm import layer_norm, rms_norm
 from tests.ops.norm_cases import BF16, DTYPES, FP16, FP32, SHAPES, VARIANTS, Variant, call, draw, in_dtype, run
 from tests.saved_bytes import SavedBytes
@@ -21,12 +24,15 @@ def assert_all_no_worse(got, exact, eager):
         assert_no_worse(name, value, exact[name], eager[name])
 
 
+# every dtype on the odd shape, every shape in the dtypes that convert most
+CASES = [("odd", dtypes) for dtypes in DTYPES] + [(shape, "bf16-fp32") for shape in SHAPES if shape != "odd"]
+
+
 @EACH_IMPL
 @EACH_VARIANT
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("shape", "dtypes"), CASES)
 def test_no_worse_than_eager(shape, dtypes, variant, impl, device):
-    inputs, grads = draw(variant, shape, *dtypes, device)
+    inputs, grads = draw(variant, SHAPES[shape], *DTYPES[dtypes], device)
     eager = in_dtype(None, variant, inputs, grads)
     assert_all_no_worse(run(variant, inputs, grads, impl=impl), in_dtype(torch.float64, variant, inputs, grads), eager)
 
@@ -92,6 +98,21 @@ def test_a_gradient_of_y_or_of_h_alone(variant, impl, device):
 
 
 @EACH_IMPL
+@pytest.mark.parametrize("x_dtype", [BF16, FP32], ids=str)
+@BOTH_NORMS
+def test_what_is_normalised_is_the_h_that_is_returned(variant, x_dtype, impl, device):
+    """h is rounded first, as a decoder layer's own sum is: y and its gradients are those of a call on h, bit for bit."""
+    inputs, grads = draw(variant, SHAPES["odd"], x_dtype, x_dtype, device)
+    fused = run(variant, inputs, [grads[0], torch.zeros_like(grads[1])], impl=impl)
+    assert_bits_equal("h", fused["h"], (inputs["x"] + inputs["residual"]).detach())
+    plain = replace(variant, residual=False)
+    alone = {name: tensor for name, tensor in inputs.items() if name != "residual"}
+    alone["x"] = fused["h"].clone().requires_grad_()
+    for name, value in run(plain, alone, grads[:1], impl=impl).items():
+        assert_bits_equal(name, fused[name] + 0.0, value + 0.0)
+
+
+@EACH_IMPL
 @EACH_VARIANT
 def test_inputs_stay_and_two_backwards_agree(variant, impl, device):
     inputs, grads = draw(variant, SHAPES["odd"], BF16, FP32, device)
@@ -148,6 +169,23 @@ def test_an_empty_batch(variant, impl, device):
     got = run(variant, inputs, grads, impl=impl)
     assert got["y"].shape == got["dx"].shape == (2, 0, 33)
     assert_bits_equal("dweight", got["dweight"], torch.zeros(33, dtype=BF16))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["rms", "rms-bare", "rms-offset"])
+def test_few_rows_without_a_gradient(name, dtypes, monkeypatch):
+    """A token of generation goes to PyTorch's rms_norm: as accurate as the rest, on both sides of the limit."""
+    variant = VARIANTS.get(name, Variant(offset=1.0))
+    inputs, _ = draw(variant, (3, 65), *dtypes, "cpu")
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    exact = call(variant, {name: tensor.double() for name, tensor in inputs.items()}, impl="reference")[0]
+    eager = call(variant, inputs, impl="reference")[0]
+    few = call(variant, inputs, impl="torch")[0]
+    assert_no_worse("few", few, exact, eager)
+    monkeypatch.setattr(norm_torch, "_SMALL", 3 * 65 - 1)
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr(norm_torch, "small_rms_norm", None)
+        assert_no_worse("many", call(variant, inputs, impl="torch")[0], exact, eager)
 
 
 def test_a_weight_gradient_is_the_sum_of_chunks():
