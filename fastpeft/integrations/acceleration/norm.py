@@ -1,8 +1,8 @@
 """Part "norm": transformers' RMSNorms by the fused op, which keeps x in its own dtype and one number a row for backward.
 
 A module is taken for an RMSNorm by structure: one parameter `weight` [K], and `variance_epsilon` or `eps`. What it computes is
-then asked of its own forward, on a few fixed rows: so Gemma's weight + 1 is told from Llama's weight, and a norm that takes off
-the mean, normalises by groups or adds a gate is kept as it is. The same rows tell the dtype of its result where x and the weight
+then asked of its own forward, on two fixed rows: so Gemma's weight + 1 is told from Llama's weight, and a norm that takes off
+the mean or normalises by groups is kept as it is; a call with more than x runs the module's own code. The same rows tell the dtype of its result where x and the weight
 differ: Gemma's is x's, T5's the weight's, Llama's the wider one.
 
 nn.LayerNorm stays: PyTorch's own kernel already keeps no more than x and two numbers a row, and layer_norm of ops/norm.py is that
