@@ -2,8 +2,8 @@
 
 A module is taken for an RMSNorm by structure: one parameter `weight` [K], and `variance_epsilon` or `eps`. What it computes is
 then asked of its own forward, on two fixed rows: so Gemma's weight + 1 is told from Llama's weight, and a norm that takes off
-the mean or normalises by groups is kept as it is; a call with more than x runs the module's own code. The same rows tell the dtype of its result where x and the weight
-differ: Gemma's is x's, T5's the weight's, Llama's the wider one.
+the mean or normalises by groups is kept as it is; a call with more than x runs the module's own code. The rows also tell the
+dtype of the result where x and the weight differ: Gemma's is x's, T5's the weight's, Llama's the wider one.
 
 nn.LayerNorm stays: PyTorch's own kernel already keeps no more than x and two numbers a row, and layer_norm of ops/norm.py is that
 kernel on a CPU. The add before a norm stays in the decoder layer's forward: fusing it would need a forward per family.
