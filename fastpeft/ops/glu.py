@@ -23,6 +23,8 @@ __all__ = ["ACTIVATIONS", "geglu", "glu", "swiglu"]
 class _TritonPasses:
     """The kernels with the signatures of glu_torch.py."""
 
+    GIVES_H = True
+
     @staticmethod
     def forward(gate, up, activation, out=None):
         from fastpeft.kernels.glu import glu as kernel
@@ -39,6 +41,13 @@ class _TritonPasses:
         up = gate if up is None else up  # only dup is asked for, which does not depend on it
         dgate, dup, _ = glu_grad(_rows(dh), _rows(gate), _rows(up), activation, **outputs)
         return dgate.view(dh.shape) if need_gate else None, dup.view(dh.shape) if need_up else None
+
+    @staticmethod
+    def backward_and_h(dh, gate, up, activation):
+        """(dgate, dup, h) of rows; dgate takes dh's memory."""
+        from fastpeft.kernels.glu import glu_grad
+
+        return glu_grad(dh, gate, up, activation, out_gate=dh, with_h=True)
 
 
 def _rows(x):

@@ -17,6 +17,9 @@ The second is below: of those that keep two tensors no other is faster throughou
 
 import torch
 
+GIVES_H = False
+"""Whether there is backward_and_h: h again for nothing, in the pass that computes dgate and dup."""
+
 _aten = torch.ops.aten
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
