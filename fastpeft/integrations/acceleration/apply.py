@@ -9,6 +9,7 @@ from torch import nn
 
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
+from fastpeft.integrations.acceleration.mlp import replace_mlp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ class Walk:
     impl: str
 
 
-PARTS: dict[str, Callable[[Walk], None]] = {}
+PARTS: dict[str, Callable[[Walk], None]] = {"mlp": replace_mlp}
 """Every part by name, in the order in which they are applied."""
 
 

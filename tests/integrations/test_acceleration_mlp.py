@@ -1,0 +1,454 @@
+"""accelerate's part "mlp": gated MLPs compute what they did, by one op or by glu, and fall back where something else is asked."""
+
+import copy
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.activations import ACT2FN
+
+import fastpeft
+from fastpeft import LoraConfig
+from fastpeft.integrations.acceleration import mlp as part
+from fastpeft.integrations.acceleration.activations import activation_of
+from fastpeft.integrations.acceleration.linears import call_of
+from fastpeft.layers import shared_input
+from fastpeft.ops import lora_mlp
+from fastpeft.reference.glu import act as formula
+from tests import tiny_models
+from tests.saved_bytes import SavedBytes
+from tests.tolerance import (
+    GRADIENTS_THROUGH_A_MODEL,
+    OTHER_ORDER_OF_SUMS,
+    assert_bits_equal,
+    assert_close,
+    assert_no_worse,
+)
+
+BF16 = torch.bfloat16
+SIZES = {
+    "vocab_size": tiny_models.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def _causal(name, **options):
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def _t5(**options):
+    config = transformers.T5Config(
+        vocab_size=tiny_models.VOCABULARY,
+        d_model=32,
+        d_ff=48,
+        d_kv=16,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+        **options,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+FAMILIES = {
+    "llama": lambda: _causal("Llama"),
+    "llama_biased": lambda: _causal("Llama", mlp_bias=True),
+    "mistral": lambda: _causal("Mistral"),
+    "qwen2": lambda: _causal("Qwen2"),
+    "qwen3": lambda: _causal("Qwen3", head_dim=16),
+    "gemma2": lambda: _causal("Gemma2", head_dim=16),
+    "gemma3": tiny_models.gemma3,
+    "phi3": lambda: _causal("Phi3", pad_token_id=0),
+    "t5": _t5,
+}
+TARGETS = {"phi3": ["gate_up_proj", "down_proj"], "t5": ["wi_0", "wi_1", "wo"]}
+MLPS = {"t5": 4}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts calls of the one op, which runs as one Function here although everything is small."""
+    monkeypatch.setattr(lora_mlp, "composed_is_faster", lambda *call: False)
+    made = []
+
+    def counted(*args, **options):
+        made.append(options)
+        return lora_mlp.lora_glu_mlp(*args, **options)
+
+    monkeypatch.setattr(part, "lora_glu_mlp", counted)
+    return made
+
+
+def adapted(family, how="fastpeft", **options):
+    torch.manual_seed(1)
+    model = FAMILIES[family]()
+    targets = TARGETS.get(family, ["gate_proj", "up_proj", "down_proj"])
+    if how == "fastpeft":
+        model = fastpeft.get_peft_model(model, LoraConfig(**({"r": 2, "target_modules": targets} | options)))
+    elif how == "peft":
+        model = peft.get_peft_model(model, peft.LoraConfig(**({"r": 2, "target_modules": targets} | options)))
+    tiny_models.fill(model)
+    return model.train()
+
+
+def mlps(model):
+    return [module for module in model.modules() if any(layout.of(module) for layout in part.LAYOUTS)]
+
+
+def step(model):
+    """Logits, and every gradient by name."""
+    model.zero_grad()
+    torch.manual_seed(9)
+    out = model(**tiny_models.inputs(model)).logits
+    out.float().mul(8).square().mean().backward()
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.detach()} | named
+
+
+def assert_same(got, want, limit=GRADIENTS_THROUGH_A_MODEL):
+    assert list(got) == list(want)
+    for name, value in want.items():
+        scale = max(1.0, value.abs().max().item())
+        assert_close(name, got[name] / scale, value / scale, limit)
+
+
+@pytest.mark.parametrize("memory", lora_mlp.MEMORY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_adapters(family, memory, calls):
+    model = adapted(family)
+    if family == "t5":
+        model.eval()  # its dropout between h and wo
+    want = step(model)
+    ledger = fastpeft.accelerate(model, parts=["mlp"], memory=memory)
+    found = mlps(model)
+    assert len(ledger.slots) == len(found) == MLPS.get(family, 2)
+    assert all(isinstance(module, part.FastGatedMLP) for module in found)
+    assert_same(step(model), want)
+    assert len(calls) == (0 if family == "phi3" else len(found))
+    assert all(options["memory"] == memory for options in calls)
+    assert not ledger.fallbacks
+    assert f"{len(found)} of {len(found)} replaced" in ledger.summary()
+    fastpeft.restore(model)
+    assert [type(module).__mro__[1] for module in mlps(model)] == [nn.Module] * len(found)
+    assert not any(name.startswith("_fastpeft") for module in mlps(model) for name in module.__dict__)
+    for name, value in step(model).items():
+        assert_bits_equal(name, value, want[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_gradients_the_bits_are_the_models_own(family):
+    model = adapted(family).eval()
+    want = tiny_models.logits(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    if family in ("gemma2", "gemma3", "t5"):  # gelu over a strided half, or written out in other steps
+        assert_close("logits", tiny_models.logits(model), want, OTHER_ORDER_OF_SUMS)
+    else:
+        assert_bits_equal("logits", tiny_models.logits(model), want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "t5"])
+@pytest.mark.parametrize("how", ["peft", "bare"])
+def test_other_ways_to_train(how, family, calls):
+    """PEFT's own layers run their own forwards around glu; in a bare model the weights train."""
+    model = adapted(family, how)
+    want = step(model)
+    ledger = fastpeft.accelerate(model, parts=["mlp"])
+    assert_same(step(model), want)
+    assert not ledger.fallbacks
+    if how == "bare":
+        assert not calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "t5"])
+def test_a_frozen_mlp_between_trained_attentions_is_one_op(family, calls):
+    """The usual LoRA on q and v alone: nothing of the MLP trains, and its gradient goes through."""
+    targets = ["q", "v"] if family == "t5" else ["q_proj", "v_proj"]
+    model = adapted(family, target_modules=targets)
+    model = model.eval() if family == "t5" else model
+    want = step(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    assert_same(step(model), want)
+    # the first layer's input needs no gradient in front of q and v, but its MLP's does
+    assert len(calls) == len(mlps(model))
+
+
+def test_the_linears_are_not_called_and_no_result_waits(calls):
+    """gate_proj leads up_proj where they are called; a fused MLP must leave no result of the group behind."""
+    model = adapted("llama")
+    assert shared_input.link_siblings(model)
+    want = step(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    seen = []
+    for module in mlps(model):
+        module.gate_proj.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    assert_same(step(model), want)
+    assert len(calls) == 2
+    current = shared_input._state.input
+    assert current is None or not current.waiting
+    gate = mlps(model)[0].gate_proj
+    assert gate.followers.modules == [mlps(model)[0].up_proj]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_of_adapters_has_the_same_masks(dropout, calls):
+    model = adapted("llama", lora_dropout=dropout)
+    want = step(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    assert_same(step(model), want)
+    assert len(calls) == 2
+
+
+def test_t5_drops_h_between_its_own_linears(calls):
+    model = adapted("t5")
+    want = step(model)
+    ledger = fastpeft.accelerate(model, parts=["mlp"])
+    assert_same(step(model), want)
+    assert not calls
+    assert not ledger.fallbacks
+
+
+def test_t5_casts_h_where_wo_stays_in_float32(calls):
+    """ACT2FN's gelu_new rounds every step to bfloat16; one rounding is nearer to float64."""
+    model = adapted("t5", "bare").to(BF16).requires_grad_(False).eval()
+    module = mlps(model)[0]
+    module.wo.float()
+    x = torch.randn(3, 32, dtype=BF16, requires_grad=True)
+    want = copy.deepcopy(module).double()(x.double())
+    eager = module(x)
+    fastpeft.accelerate(model, parts=["mlp"])
+    got = module(x)
+    assert got.dtype == eager.dtype == torch.float32
+    assert_no_worse("y", got, want, eager)
+    dx = (torch.autograd.grad(y.sum(), x)[0] for y in (got, want, eager))
+    got, want, eager = dx
+    assert_no_worse("dx", got, want.double(), eager)
+    assert not calls
+
+
+def test_float32_adapters_over_bfloat16(calls):
+    torch.manual_seed(1)
+    model = fastpeft.get_peft_model(
+        FAMILIES["llama"]().to(BF16), LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"])
+    ).train()
+    tiny_models.fill(model)
+    exact = copy.deepcopy(model).double()
+    want, eager = step(exact), step(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    got = step(model)
+    assert len(calls) == 2
+    for name, value in want.items():
+        assert_no_worse(name, got[name], value, eager[name])
+
+
+def test_autocast(calls):
+    model = adapted("llama")
+    module = mlps(model)[0]
+    x = torch.randn(5, 32, requires_grad=True)
+    want = copy.deepcopy(module).double()(x.double())
+    with torch.autocast("cpu", dtype=BF16):
+        eager = module(x)
+        fastpeft.accelerate(model, parts=["mlp"])
+        got = module(x)
+    assert len(calls) == 1
+    assert_no_worse("y", got, want, eager)
+    assert_no_worse(
+        "dx",
+        *(
+            torch.autograd.grad(y.sum(), x)[0].to(dtype)
+            for y, dtype in ((got, x.dtype), (want, torch.float64), (eager, x.dtype))
+        ),
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, calls):
+    model = adapted("llama", lora_dropout=0.3)
+    model.enable_input_require_grads()
+    want = step(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(step(model), want)
+    assert len(calls) == (2 if reentrant else 4)
+
+
+def kept_by(model, x):
+    exempt = [x, *model.parameters(), *model.buffers()]
+    with SavedBytes(exempt) as saved:
+        y = model(x)
+    total = saved.total()
+    y.sum().backward()
+    return total
+
+
+def test_what_is_kept(calls):
+    """Less by every policy, and by glu alone where the linears run their own forwards."""
+    model = adapted("llama")
+    module = mlps(model)[0]
+    x = torch.randn(40, 32, requires_grad=True)
+    kept = {"before": kept_by(module, x)}
+    for memory in lora_mlp.MEMORY:
+        fastpeft.accelerate(model, parts=["mlp"], memory=memory)
+        kept[memory] = kept_by(module, x)
+    wide, ranks = 40 * 48 * 4, 40 * 2 * 4
+    assert kept["speed"] == 3 * wide + 3 * ranks
+    assert kept["balanced"] == 2 * wide + 3 * ranks
+    assert kept["memory"] == ranks
+    assert kept["before"] >= 4 * wide
+    handle = module.up_proj.register_forward_hook(lambda *_: None)
+    assert kept["speed"] <= kept_by(module, x) < kept["before"]
+    handle.remove()
+
+
+# -- what stays the model's own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_the_linears_are_honoured(kind, name, calls):
+    model = adapted("llama")
+    want = step(model)
+    ledger = fastpeft.accelerate(model, parts=["mlp"])
+    seen = []
+    for module in mlps(model):
+        getattr(getattr(module, name), f"register_{kind}_hook")(lambda *_: seen.append(1))
+    assert_same(step(model), want)
+    assert len(seen) == 2
+    assert not calls
+    assert not ledger.fallbacks  # glu runs between the linears
+
+
+def test_a_hook_that_changes_a_linears_output_changes_the_result(calls):
+    model = adapted("llama")
+    fastpeft.accelerate(model, parts=["mlp"])
+    for module in mlps(model):
+        module.down_proj.register_forward_hook(lambda m, args, y: y * 0)
+    module = mlps(model)[0]
+    assert not module(torch.randn(3, 32, requires_grad=True)).any()
+
+
+def test_calls_that_fall_back_are_counted_with_the_reason(calls):
+    model = adapted("llama")
+    want = step(model)
+    ledger = fastpeft.accelerate(model, parts=["mlp"])
+    seen = []
+    handle = mlps(model)[0].act_fn.register_forward_hook(lambda *_: seen.append(1))
+    assert_same(step(model), want)
+    assert len(seen) == 1
+    handle.remove()
+    mlps(model)[1].act_fn = nn.ReLU()
+    step(model)
+    reasons = {why: count for (_, why), count in ledger.fallbacks.items()}
+    assert reasons == {"a hook on act_fn": 1, "act_fn is another one than when the model was accelerated": 1}
+    assert "1 calls ran the model's own code: a hook on act_fn" in ledger.summary()
+
+
+def test_adapters_that_do_not_act_in_one_op_run_their_own_forward(calls):
+    model = adapted("llama")
+    fastpeft.accelerate(model, parts=["mlp"])
+    with model.disable_adapter():
+        without = tiny_models.logits(model)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["gate_proj", "up_proj"]))
+    tiny_models.fill(model, seed=4)
+    model.set_adapter("other")
+    got = step(model)
+    assert not calls  # down_proj has no such adapter: it runs its base
+    fastpeft.restore(model)
+    assert_same(got, step(model))
+    with model.disable_adapter():
+        assert_bits_equal("without", tiny_models.logits(model), without)
+
+
+def test_an_unknown_activation_and_another_forward_are_kept_with_the_reason():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(32, 32) for _ in range(3))
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * self.gate_proj.in_features)
+
+    model = _causal("Llama", hidden_act="relu")
+    model.model.layers[1].mlp = Scaled()
+    ledger = fastpeft.accelerate(model, parts=["mlp"])
+    whys = {kept.path: kept.why for kept in ledger.kept}
+    assert whys == {
+        "model.layers.0.mlp": "its activation is ReLU",
+        "model.layers.1.mlp": "its forward is another than down_proj(act(gate_proj(x)) * ...)",
+    }
+    assert not ledger.slots
+
+
+@pytest.mark.parametrize("build", [tiny_models.gpt2, tiny_models.bert, tiny_models.t5, tiny_models.mixtral])
+def test_models_without_gated_mlps_are_left_alone(build):
+    model = build()
+    before = [type(module) for module in model.modules()]
+    assert not fastpeft.accelerate(model, parts=["mlp"]).slots
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_copy_and_a_pickle_are_the_models_own():
+    model = adapted("llama", "bare")
+    fastpeft.accelerate(model, parts=["mlp"])
+    again = copy.deepcopy(model)
+    assert [type(module).__name__ for module in mlps(again)] == ["LlamaMLP"] * 2
+    assert not any(isinstance(module, part.FastGatedMLP) for module in mlps(again))
+    assert list(again.state_dict()) == list(model.state_dict())
+
+
+# -- recognition ----------------------------------------------------------------------------------------------------------
+
+
+def test_activations_are_what_they_are_taken_for():
+    x = torch.linspace(-6, 6, 101)
+    known = {name: activation_of(ACT2FN[name]) for name in ACT2FN if name not in ("prelu", "xielu")}
+    assert {name for name, kind in known.items() if kind == "silu"} == {"silu", "swish"}
+    assert {name for name, kind in known.items() if kind == "gelu"} == {"gelu", "gelu_python"}
+    tanh = {"gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"}
+    assert {name for name, kind in known.items() if kind == "gelu_tanh"} == tanh
+    for name, kind in known.items():
+        if kind is not None:
+            assert_close(name, ACT2FN[name](x), formula(x, kind), OTHER_ORDER_OF_SUMS)
+    assert activation_of(nn.GELU("tanh")) == "gelu_tanh"
+    assert activation_of(nn.GELU()) == activation_of(nn.functional.gelu) == "gelu"
+    assert activation_of(torch.sigmoid) is None
+
+
+def test_call_of():
+    x = torch.randn(2, 8)
+    frozen = nn.Linear(8, 4).requires_grad_(False)
+    call = call_of(frozen, x)
+    assert call.projection.w is frozen.weight
+    assert call.projection.bias is frozen.bias
+    assert call_of(nn.Linear(8, 4), x) is None  # its weight trains
+    assert call_of(frozen, x.to(BF16)) is None
+    assert call_of(nn.Identity(), x) is None
+    handle = frozen.register_forward_hook(lambda *_: None)
+    assert call_of(frozen, x) is None
+    handle.remove()
+    lora = fastpeft.LoRALinear(nn.Linear(8, 4), r=2)
+    assert call_of(lora, x).projection.a is lora.lora_A["default"].weight
+    handle = lora.register_forward_pre_hook(lambda *_: None)
+    assert call_of(lora, x) is None
+    handle.remove()
+    lora.enable_adapters(False)
+    assert call_of(lora, x) is None
+
+
+def test_bitsandbytes(calls):
+    x = torch.randn(2, 64)
+    four = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    four.load_state_dict({"weight": torch.randn(64, 64) / 8})
+    four = four.to("cpu").requires_grad_(False)
+    assert call_of(four, x).projection.w.quant_type == "nf4"
+    four.compute_dtype = BF16
+    assert call_of(four, x) is None
