@@ -11,8 +11,8 @@ Measured at [1024, 1536], one thread of a Zen 5 core (AVX512, no AMX), ms of CPU
 | the same in parts of 2^18 elements | 4.2, 4.4, 10.7 | 3.7, 5.1, 10.1 | gate, up |
 | autograd over the eager code, run again in backward | 5.3, 4.3, 11.1 | 5.6, 6.9, 16.1 | gate, up |
 
-The second is below: of those that keep two tensors no other is faster throughout. Of the products beside it, one of
-1024 x 1536 x 576 takes 15 ms.
+The second is below: of those that keep two tensors no other is faster throughout. A product of [1024, 576] and [1536, 576]
+beside it takes 8.8 ms in bfloat16 and 19.8 in float32.
 """
 
 import torch
