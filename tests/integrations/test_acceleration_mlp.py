@@ -1,11 +1,9 @@
-"""accelerate's part "mlp": gated MLPs compute what they did, by one op or by glu, and fall back where something else is asked."""
+"""accelerate's part "mlp": gated MLPs compute what they did, by one op or by glu between their own linears."""
 
 import copy
 
-import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import fastpeft
@@ -14,9 +12,9 @@ from fastpeft.integrations.acceleration import mlp as part
 from fastpeft.layers import shared_input
 from fastpeft.ops import lora_mlp
 from tests import tiny_models
+from tests.integrations.mlp_cases import FAMILIES, adapted, assert_same, mlps, one_op_calls, step
 from tests.saved_bytes import SavedBytes
 from tests.tolerance import (
-    GRADIENTS_THROUGH_A_MODEL,
     OTHER_ORDER_OF_SUMS,
     assert_bits_equal,
     assert_close,
@@ -24,96 +22,12 @@ from tests.tolerance import (
 )
 
 BF16 = torch.bfloat16
-SIZES = {
-    "vocab_size": tiny_models.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-def _causal(name, **options):
-    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
-    return getattr(transformers, f"{name}ForCausalLM")(config)
-
-
-def _t5(**options):
-    config = transformers.T5Config(
-        vocab_size=tiny_models.VOCABULARY,
-        d_model=32,
-        d_ff=48,
-        d_kv=16,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-        **options,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-FAMILIES = {
-    "llama": lambda: _causal("Llama"),
-    "llama_biased": lambda: _causal("Llama", mlp_bias=True),
-    "mistral": lambda: _causal("Mistral"),
-    "qwen2": lambda: _causal("Qwen2"),
-    "qwen3": lambda: _causal("Qwen3", head_dim=16),
-    "gemma2": lambda: _causal("Gemma2", head_dim=16),
-    "gemma3": tiny_models.gemma3,
-    "phi3": lambda: _causal("Phi3", pad_token_id=0),
-    "t5": _t5,
-}
-TARGETS = {"phi3": ["gate_up_proj", "down_proj"], "t5": ["wi_0", "wi_1", "wo"]}
 MLPS = {"t5": 4}
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts calls of the one op, which runs as one Function here although everything is small."""
-    monkeypatch.setattr(lora_mlp, "composed_is_faster", lambda *call: False)
-    made = []
-
-    def counted(*args, **options):
-        made.append(options)
-        return lora_mlp.lora_glu_mlp(*args, **options)
-
-    monkeypatch.setattr(part, "lora_glu_mlp", counted)
-    return made
-
-
-def adapted(family, how="fastpeft", **options):
-    torch.manual_seed(1)
-    model = FAMILIES[family]()
-    targets = TARGETS.get(family, ["gate_proj", "up_proj", "down_proj"])
-    if how == "fastpeft":
-        model = fastpeft.get_peft_model(model, LoraConfig(**({"r": 2, "target_modules": targets} | options)))
-    elif how == "peft":
-        model = peft.get_peft_model(model, peft.LoraConfig(**({"r": 2, "target_modules": targets} | options)))
-    tiny_models.fill(model)
-    return model.train()
-
-
-def mlps(model):
-    return [module for module in model.modules() if any(layout.of(module) for layout in part.LAYOUTS)]
-
-
-def step(model):
-    """Logits, and every gradient by name."""
-    model.zero_grad()
-    torch.manual_seed(9)
-    out = model(**tiny_models.inputs(model)).logits
-    out.float().mul(8).square().mean().backward()
-    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.detach()} | named
-
-
-def assert_same(got, want, limit=GRADIENTS_THROUGH_A_MODEL):
-    assert list(got) == list(want)
-    for name, value in want.items():
-        scale = max(1.0, value.abs().max().item())
-        assert_close(name, got[name] / scale, value / scale, limit)
+    return one_op_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("memory", lora_mlp.MEMORY)
@@ -295,100 +209,3 @@ def test_what_is_kept(calls):
     handle = module.up_proj.register_forward_hook(lambda *_: None)
     assert kept["speed"] <= kept_by(module, x) < kept["before"]
     handle.remove()
-
-
-# -- what stays the model's own -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_hooks_on_the_linears_are_honoured(kind, name, calls):
-    model = adapted("llama")
-    want = step(model)
-    ledger = fastpeft.accelerate(model, parts=["mlp"])
-    seen = []
-    for module in mlps(model):
-        getattr(getattr(module, name), f"register_{kind}_hook")(lambda *_: seen.append(1))
-    assert_same(step(model), want)
-    assert len(seen) == 2
-    assert not calls
-    assert not ledger.fallbacks  # glu runs between the linears
-
-
-def test_a_hook_that_changes_a_linears_output_changes_the_result(calls):
-    model = adapted("llama")
-    fastpeft.accelerate(model, parts=["mlp"])
-    for module in mlps(model):
-        module.down_proj.register_forward_hook(lambda m, args, y: y * 0)
-    module = mlps(model)[0]
-    assert not module(torch.randn(3, 32, requires_grad=True)).any()
-
-
-def test_calls_that_fall_back_are_counted_with_the_reason(calls):
-    model = adapted("llama")
-    want = step(model)
-    ledger = fastpeft.accelerate(model, parts=["mlp"])
-    seen = []
-    handle = mlps(model)[0].act_fn.register_forward_hook(lambda *_: seen.append(1))
-    assert_same(step(model), want)
-    assert len(seen) == 1
-    handle.remove()
-    mlps(model)[1].act_fn = nn.ReLU()
-    step(model)
-    reasons = {why: count for (_, why), count in ledger.fallbacks.items()}
-    assert reasons == {"a hook on act_fn": 1, "act_fn is another one than when the model was accelerated": 1}
-    assert "1 calls ran the model's own code: a hook on act_fn" in ledger.summary()
-
-
-def test_adapters_that_do_not_act_in_one_op_run_their_own_forward(calls):
-    model = adapted("llama")
-    fastpeft.accelerate(model, parts=["mlp"])
-    with model.disable_adapter():
-        without = tiny_models.logits(model)
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["gate_proj", "up_proj"]))
-    tiny_models.fill(model, seed=4)
-    model.set_adapter("other")
-    got = step(model)
-    assert not calls  # down_proj has no such adapter: it runs its base
-    fastpeft.restore(model)
-    assert_same(got, step(model))
-    with model.disable_adapter():
-        assert_bits_equal("without", tiny_models.logits(model), without)
-
-
-def test_an_unknown_activation_and_another_forward_are_kept_with_the_reason():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(32, 32) for _ in range(3))
-            self.act_fn = nn.SiLU()
-
-        def forward(self, x):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * self.gate_proj.in_features)
-
-    model = _causal("Llama", hidden_act="relu")
-    model.model.layers[1].mlp = Scaled()
-    ledger = fastpeft.accelerate(model, parts=["mlp"])
-    whys = {kept.path: kept.why for kept in ledger.kept}
-    assert whys == {
-        "model.layers.0.mlp": "its activation is ReLU",
-        "model.layers.1.mlp": "its forward is another than down_proj(act(gate_proj(x)) * ...)",
-    }
-    assert not ledger.slots
-
-
-@pytest.mark.parametrize("build", [tiny_models.gpt2, tiny_models.bert, tiny_models.t5, tiny_models.mixtral])
-def test_models_without_gated_mlps_are_left_alone(build):
-    model = build()
-    before = [type(module) for module in model.modules()]
-    assert not fastpeft.accelerate(model, parts=["mlp"]).slots
-    assert [type(module) for module in model.modules()] == before
-
-
-def test_a_copy_and_a_pickle_are_the_models_own():
-    model = adapted("llama", "bare")
-    fastpeft.accelerate(model, parts=["mlp"])
-    again = copy.deepcopy(model)
-    assert [type(module).__name__ for module in mlps(again)] == ["LlamaMLP"] * 2
-    assert not any(isinstance(module, part.FastGatedMLP) for module in mlps(again))
-    assert list(again.state_dict()) == list(model.state_dict())
