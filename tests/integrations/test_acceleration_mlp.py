@@ -90,6 +90,26 @@ def test_a_frozen_mlp_between_trained_attentions_is_one_op(family, calls):
     assert len(calls) == len(mlps(model))
 
 
+def test_a_frozen_4_bit_mlp_is_one_op_and_restored(calls):
+    """QLoRA on q and v: reading the MLP's Linear4bits turns bitsandbytes' repacking off, until restore."""
+    torch.manual_seed(1)
+    model = tiny_models.llama(hidden_size=64, intermediate_size=128)
+    fastpeft.quantize(model, compute_dtype=torch.float32)
+    model = fastpeft.get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    tiny_models.fill(model)
+    linears = [module for mlp in mlps(model) for module in mlp.children() if hasattr(module, "quant_state")]
+    assert len(linears) == 9
+    before = [dict(linear.__dict__) for linear in linears]
+    want = step(model)
+    fastpeft.accelerate(model, parts=["mlp"])
+    assert_same(step(model), want)
+    assert len(calls) == 3
+    fastpeft.restore(model)
+    for linear, held in zip(linears, before):
+        assert set(linear.__dict__) == set(held)
+        assert linear.support_avx512bf16_for_cpu == held["support_avx512bf16_for_cpu"]
+
+
 def test_the_linears_are_not_called_and_no_result_waits(calls):
     """gate_proj leads up_proj where they are called; a fused MLP must leave no result of the group behind."""
     model = adapted("llama")

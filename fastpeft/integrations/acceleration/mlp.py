@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 PART = "mlp"
 
+CPU_PACKING = "support_avx512bf16_for_cpu"
+"""The switch that keep_unpacked turns off on a Linear4bit."""
+
 
 class Layout(NamedTuple):
     """Names of an MLP's children, and all names that its forward uses. up is None where gate gives both side by side.
@@ -232,12 +235,10 @@ def _undo_reading(walk: "Walk", linear: nn.Module) -> None:
     """What reading a frozen 4-bit linear leaves on it goes at restore: the reading, and the switch against repacking."""
     if not is_linear_4bit(linear):
         return
-    switch = "support_avx512bf16_for_cpu"
-    before = linear.__dict__.get(switch)
+    before = {name: linear.__dict__[name] for name in (READING, CPU_PACKING) if name in linear.__dict__}
 
     def undo():
         linear.__dict__.pop(READING, None)
-        if before is not None:
-            linear.__dict__[switch] = before
+        linear.__dict__.update(before)
 
     walk.ledger.undo_by(undo)
