@@ -229,3 +229,16 @@ def test_what_is_kept(calls):
     handle = module.up_proj.register_forward_hook(lambda *_: None)
     assert kept["speed"] <= kept_by(module, x) < kept["before"]
     handle.remove()
+
+
+def test_a_compiled_mlp_has_no_graph_break(calls):
+    torch.compiler.reset()
+    model = adapted("llama", lora_dropout=0.0)
+    module = mlps(model)[0]
+    x = torch.randn(5, 32, requires_grad=True)
+    fastpeft.accelerate(model, parts=["mlp"])
+    want = module(x)
+    got = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    assert_close("y", got, want, OTHER_ORDER_OF_SUMS)
+    pair = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)]
+    assert_close("dx", *pair, OTHER_ORDER_OF_SUMS)
