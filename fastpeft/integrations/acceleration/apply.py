@@ -10,6 +10,7 @@ from torch import nn
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
 from fastpeft.integrations.acceleration.loss import replace_loss
+from fastpeft.integrations.acceleration.mlp import replace_mlp
 from fastpeft.integrations.acceleration.norm import replace_norms
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ PARTS: dict[str, Callable[[Walk], None]] = {
     "loss": replace_loss,
     "norm": replace_norms,
 }
+PARTS: dict[str, Callable[[Walk], None]] = {"mlp": replace_mlp}
 """Every part by name, in the order in which they are applied."""
 
 
