@@ -37,10 +37,10 @@ class Walk:
 
 
 PARTS: dict[str, Callable[[Walk], None]] = {
-    "loss": replace_loss,
     "norm": replace_norms,
+    "mlp": replace_mlp,
+    "loss": replace_loss,
 }
-PARTS: dict[str, Callable[[Walk], None]] = {"mlp": replace_mlp}
 """Every part by name, in the order in which they are applied."""
 
 
