@@ -13,6 +13,9 @@ EPS32 = torch.finfo(torch.float32).eps
 WORSE_FACTOR = 2.0
 """A kernel's root mean square error over the eager code's, at most."""
 
+NO_LESS_ACCURATE = 1.0
+"""For `assert_no_worse` where code claims at least the accuracy of what it replaces."""
+
 WORSE_PEAK_FACTOR = 8.0
 """A kernel's largest error over the eager code's largest, at most: one wrong element must not drown in a mean."""
 
@@ -30,6 +33,9 @@ CANCELLED_GRADIENT = 4e-6
 
 GRADIENTS_THROUGH_A_MODEL = 1e-5
 """float32 gradients through a whole model, sums taken in another order (another library, recomputed), for `assert_close`."""
+
+BF16_TRAINING = 2e-2
+"""Losses and trained float32 parameters after a few steps of a bfloat16 model whose roundings differ, for `assert_close`."""
 
 DECOMPOSED_AND_PUT_TOGETHER = 2e-5
 """A float32 matrix against the product of its factors (SVD, QR), for `assert_close`."""

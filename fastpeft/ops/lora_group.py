@@ -49,13 +49,13 @@ class LoRAGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, members, wide, impl, *tensors):
-        full = [_with_tensors(member, *four) for member, four in zip(members, _groups_of(4, tensors), strict=True)]
-        outputs, s = _PASSES[impl].group_forward(x.reshape(-1, x.shape[-1]), full, wide)
-        needs = list(_groups_of(4, ctx.needs_input_grad[4:]))
+        full = [with_tensors(member, *four) for member, four in zip(members, groups_of(4, tensors), strict=True)]
+        outputs, s = PASSES[impl].group_forward(x.reshape(-1, x.shape[-1]), full, wide)
+        needs = list(groups_of(4, ctx.needs_input_grad[4:]))
         ctx.save_for_backward(
             x if any(need[1] for need in needs) else None,
             *(s_i if need[2] else None for s_i, need in zip(s, needs, strict=True)),
-            *(tensor for four in _groups_of(4, tensors) for tensor in four[:3]),
+            *(tensor for four in groups_of(4, tensors) for tensor in four[:3]),
         )
         ctx.set_materialize_grads(False)
         ctx.x_shape, ctx.members, ctx.wide, ctx.impl = x.shape, members, wide, impl
@@ -67,12 +67,12 @@ class LoRAGroup(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *kept = ctx.saved_tensors
         s, tensors = kept[: len(grads)], kept[len(grads) :]
-        members = [_with_tensors(m, *three, None) for m, three in zip(ctx.members, _groups_of(3, tensors), strict=True)]
-        needs = list(_groups_of(4, ctx.needs_input_grad[4:]))
+        members = [with_tensors(m, *three, None) for m, three in zip(ctx.members, groups_of(3, tensors), strict=True)]
+        needs = list(groups_of(4, ctx.needs_input_grad[4:]))
         dys = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         needs_a, needs_b = [need[1] for need in needs], [need[2] for need in needs]
-        dx, das, dbs = _PASSES[ctx.impl].group_backward(
+        dx, das, dbs = PASSES[ctx.impl].group_backward(
             dys, rows, s, members, ctx.needs_input_grad[0], needs_a, needs_b, ctx.wide
         )
         results = []
@@ -81,15 +81,17 @@ class LoRAGroup(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.x_shape), None, None, None, *results
 
 
-def _groups_of(count, values):
+def groups_of(count, values):
+    """`values` in lists of `count`."""
     return [values[i : i + count] for i in range(0, len(values), count)]
 
 
-def _with_tensors(member, w, a, b, bias):
+def with_tensors(member, w, a, b, bias):
+    """A Member that was described without tensors, with those that autograd handed back."""
     return member._replace(w=member.w if w is None else w, a=a, b=b, bias=bias)
 
 
-_PASSES = {"torch": lora_torch, "triton": lora_group_triton}
+PASSES = {"torch": lora_torch, "triton": lora_group_triton}
 
 
 def lora_linear_group(
@@ -113,28 +115,38 @@ def lora_linear_group(
     for i, member in enumerate(members):
         check_projection(f"lora_linear_group: member {i}", x, member, autocast)
     if not autocast:
-        return _run(chosen, x, members, exact)
+        return run_unchecked(chosen, x, members, exact)
     x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
-        return _run(chosen, x, members, exact)
+        return run_unchecked(chosen, x, members, exact)
 
 
-def _run(impl, x, members, exact):
+def run_unchecked(impl, x, members, exact):
+    """lora_linear_group by the named implementation, in x's dtype, of what was checked and cast before."""
     thresholds = [threshold_of(member.dropout_p) if member.a is not None else 0 for member in members]
     if impl == "reference":
         return _reference(x, members, thresholds)
     if _one_by_one(impl, x, members, thresholds, exact):
         return tuple(_alone(impl, x, member) for member in members)
+    described, tensors = describe(members)
+    wide = torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
+    return LoRAGroup.apply(x, described, wide, impl, *tensors)
+
+
+def describe(members: Sequence[Projection]) -> tuple[list[Member], list[torch.Tensor | None]]:
+    """Members without tensors, and w, a, b, bias of each in turn; w is None where the Member holds a quantised one.
+
+    A seed that is missing is drawn, in order.
+    """
     described, tensors = [], []
-    for member, threshold in zip(members, thresholds, strict=True):
-        w, a, b, bias, scale, _, seed = member
+    for w, a, b, bias, scale, dropout_p, seed in members:
+        threshold = threshold_of(dropout_p) if a is not None else 0
         if threshold and seed is None:
             seed = draw_seed()
         is_tensor = isinstance(w, torch.Tensor)
         described.append(Member(None if is_tensor else w, None, None, None, scale, seed or 0, threshold))
         tensors += [w if is_tensor else None, a, b, bias]
-    wide = torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
-    return LoRAGroup.apply(x, described, wide, impl, *tensors)
+    return described, tensors
 
 
 def _one_by_one(impl, x, members, thresholds, exact) -> bool:

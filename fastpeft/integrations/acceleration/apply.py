@@ -9,6 +9,9 @@ from torch import nn
 
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
+from fastpeft.integrations.acceleration.loss import replace_loss
+from fastpeft.integrations.acceleration.mlp import replace_mlp
+from fastpeft.integrations.acceleration.norm import replace_norms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +36,11 @@ class Walk:
     impl: str
 
 
-PARTS: dict[str, Callable[[Walk], None]] = {}
+PARTS: dict[str, Callable[[Walk], None]] = {
+    "norm": replace_norms,
+    "mlp": replace_mlp,
+    "loss": replace_loss,
+}
 """Every part by name, in the order in which they are applied."""
 
 

@@ -10,13 +10,11 @@ from typing import NamedTuple
 class Family(NamedTuple):
     """One model family.
 
-    norm_offset: what its RMSNorm adds to the weight (Gemma: 1)
     rotary: name of the function in its modelling module that turns q and k, or None where it has no such function
     decoder: attribute of the ...ForCausalLM model that gives the last hidden states, None where the loss stays its own
     softcap: name of the config value that caps its logits, None without
     """
 
-    norm_offset: float = 0.0
     rotary: str | None = "apply_rotary_pos_emb"
     decoder: str | None = "model"
     softcap: str | None = None
@@ -29,9 +27,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma": Family(norm_offset=1.0),
-    "gemma2": Family(norm_offset=1.0, softcap="final_logit_softcapping"),
-    "gemma3_text": Family(norm_offset=1.0, softcap="final_logit_softcapping"),
+    "gemma": Family(),
+    "gemma2": Family(softcap="final_logit_softcapping"),
+    "gemma3_text": Family(softcap="final_logit_softcapping"),
     "phi": Family(),
     "phi3": Family(),
     "gpt2": Family(rotary=None, decoder="transformer"),
