@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from fastpeft.training import RunRecord
 from fastpeft.training.data import Columns
