@@ -31,6 +31,9 @@ CANCELLED_GRADIENT = 4e-6
 GRADIENTS_THROUGH_A_MODEL = 1e-5
 """float32 gradients through a whole model, sums taken in another order (another library, recomputed), for `assert_close`."""
 
+EQUAL_TO_THREE_DIGITS = 5e-4
+"""Losses of two float32 trainings whose sums are taken in another order, step by step, for `assert_close`."""
+
 DECOMPOSED_AND_PUT_TOGETHER = 2e-5
 """A float32 matrix against the product of its factors (SVD, QR), for `assert_close`."""
 
