@@ -5,6 +5,7 @@ import functools
 import peft
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,9 +17,6 @@ from fastpeft.layers.base_weight import frozen_weight
 from tests import tiny_models
 from tests.saved_bytes import SavedBytes
 from tests.tolerance import GRADIENTS_THROUGH_A_MODEL, assert_bits_equal, assert_close
-
-CPU_AS_DEVICE = {"devices": ("cpu",), "least_bytes": 512}
-"""The CPU plays the GPU: what is moved is copied, and the original dies if nothing else holds it."""
 
 
 def _model(**options):
@@ -32,7 +30,8 @@ def _model(**options):
 def _step(model, retain=False):
     """Loss and gradients by name of one step; with `retain`, of the second of two backward passes."""
     torch.manual_seed(1)
-    loss = model(input_ids=tiny_models.token_ids(), labels=tiny_models.token_ids()).loss
+    ids = tiny_models.token_ids().to(next(model.parameters()).device)
+    loss = model(input_ids=ids, labels=ids).loss
     if retain:
         loss.backward(retain_graph=True)
         model.zero_grad()
@@ -49,9 +48,13 @@ def _assert_same_bits(got, expected):
         assert_bits_equal(name, got[name], tensor)
 
 
-def _offloaded(model, **options):
-    """An Offload at work on a model, and the ledger that takes it off."""
-    ledger, offload = Acceleration(model), Offload(model, **CPU_AS_DEVICE | options)
+def _offloaded(model):
+    """An Offload at work on a model, and the ledger that takes it off.
+
+    A CPU plays the GPU: what is moved is copied, and the original dies if nothing else holds it.
+    """
+    kind = next(model.parameters()).device.type
+    ledger, offload = Acceleration(model), Offload(model, devices=(kind,), least_bytes=512)
     watch_forward(ledger, model.get_base_model(), offload)
     return ledger, offload
 
@@ -82,8 +85,9 @@ class _Storages(TorchDispatchMode):
 
 @pytest.mark.parametrize("retain", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
-def test_offload_changes_no_bit(checkpointing, retain):
-    model = _model(lora_dropout=0.3)
+def test_offload_changes_no_bit(checkpointing, retain, device):
+    """On a GPU through pinned memory and the stream of copies, on a CPU by plain copies."""
+    model = _model(lora_dropout=0.3).to(device)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
     expected = _step(model, retain)
@@ -152,6 +156,17 @@ def test_views_of_one_storage_are_moved_once_and_a_changed_one_again():
         assert_bits_equal("view", restored, value)
         assert restored.stride() == view.stride()
     assert_bits_equal("again", offload._unpack(again), x)
+
+
+def test_offload_runs_under_fake_tensors():
+    with FakeTensorMode():
+        model = _model()
+        ledger, offload = _offloaded(model)
+        ids = torch.zeros(2, 12, dtype=torch.long)
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert offload.moved_bytes > 0
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
+    ledger.restore()
 
 
 def test_offload_acts_in_training_with_gradients_only_and_survives_an_error():

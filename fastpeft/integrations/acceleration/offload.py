@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastpeft.integrations.acceleration.ledger import Acceleration
 from fastpeft.layers.base_weight import frozen_weight, is_quantized
+from fastpeft.ops.tracing import traced
 
 LEAST_BYTES = 1 << 20
 """Smaller storages stay on the device: a copy costs its launch, and they are not what fills a GPU."""
@@ -95,7 +96,7 @@ class Offload:
 
     def _copied(self, whole: torch.Tensor) -> _OnHost:
         device = whole.device
-        if device.type != "cuda" or not torch.cuda.is_available():
+        if device.type != "cuda" or traced(whole):
             return _OnHost(whole.to("cpu", copy=True), device, None)
         stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         stream.wait_stream(torch.cuda.current_stream(device))
