@@ -160,6 +160,8 @@ class _Run:
         """The model is accelerated while it trains, and what it was before and after: all scores are of the model itself."""
         config = self.config
         if not config.accelerate or not isinstance(self.model.get_base_model(), transformers.PreTrainedModel):
+            if self.acceleration:
+                print(f"float32 products: {self.acceleration['float32_products']}")
             yield
             return
         acceleration = accelerate(self.model, memory=config.memory, offload=config.offload)

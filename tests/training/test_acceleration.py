@@ -68,8 +68,9 @@ def _record(output):
 def test_a_run_is_accelerated_says_so_and_changes_nothing(files, tmp_path, capsys, same_norms):
     assert main(_command(files, tmp_path / "plain", "--no-accelerate")) == 0
     assert not CALLS
+    said = _record(tmp_path / "plain").acceleration["float32_products"]
+    assert f"float32 products: {said}" in capsys.readouterr().err
     assert "summary" not in _record(tmp_path / "plain").acceleration
-    capsys.readouterr()
     assert main(_command(files, tmp_path / "fast")) == 0
     assert "norm       LlamaRMSNorm                 5 of 5 replaced" in capsys.readouterr().err
     record = _record(tmp_path / "fast")
