@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from fastpeft.ops.attention import attention
+from fastpeft.ops.tracing import traced
 
 NAME = "fastpeft"
 _WINDOW_PARTS = {"sliding_window_overlay", "causal_mask_function"}
@@ -47,7 +48,7 @@ def attention_mask(
     if padding is not None and padding.dim() == 2 and aligned:
         padding = padding[:, kv_offset : kv_offset + kv_length]
         if padding.shape[1] == kv_length:
-            padding = None if not torch.compiler.is_compiling() and bool(padding.all()) else padding.bool()
+            padding = None if not traced(padding) and bool(padding.all()) else padding.bool()
             if mask_function is bidirectional_mask_function and padding is not None:
                 return padding[:, None, None, :]
             if allow_is_causal_skip and _is_causal(mask_function):
@@ -189,7 +190,7 @@ def _packed(position_ids, batch, tokens):
     """(cu_seqlens, the same) of the sequences that position_ids [B or 1, S] pack into rows; None where each row is one."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens or tokens < 2:
         return None
-    if torch.compiler.is_compiling() or position_ids.is_meta or position_ids.shape[0] not in (1, batch):
+    if traced(position_ids) or position_ids.shape[0] not in (1, batch):
         return None
     state = (batch, None if position_ids.is_inference() else position_ids._version)
     known = _PACKED.get(position_ids)

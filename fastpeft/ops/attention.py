@@ -8,6 +8,7 @@ import torch
 from fastpeft import backend
 from fastpeft.ops import attention_sdpa
 from fastpeft.ops.attention_terms import (
+    PASSES,
     RelativeBias,
     Settings,
     Terms,
@@ -26,11 +27,10 @@ from fastpeft.reference import attention as reference
 __all__ = ["RelativeBias", "attention"]
 
 _NOTHING = (None,) * 8
-_PASSES = {"torch": "fastpeft.ops.attention_torch", "triton": "fastpeft.ops.attention_triton"}
 
 
 def _passes(impl: str):
-    return importlib.import_module(_PASSES[impl])
+    return importlib.import_module(PASSES[impl])
 
 
 class Attention(torch.autograd.Function):
@@ -133,14 +133,28 @@ def attention(
     )
     autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
     with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        if chosen == "reference" or traced(q) or transformed():
+        if chosen == "reference" or transformed():
             return _composed(q, k, v, terms, settings, seed)
+        if traced(q):
+            return _as_operator(q, k, v, terms, settings, seed, chosen)
         if threshold and seed is None:
             settings = Settings(**{**vars(settings), "seed": draw_seed()})
         wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *terms))
         if not wants_gradient and q.numel() and k.numel():  # a Function costs as much as a token's decoding
             return _passes(chosen).forward(q, k, v, terms, settings)[0]
         return Attention.apply(q, k, v, *terms, settings, chosen)
+
+
+def _as_operator(q, k, v, terms: Terms, settings: Settings, seed: int | None, impl: str) -> torch.Tensor:
+    """fastpeft::attention, for who traces; the seed is drawn where the graph runs."""
+    from fastpeft.ops import attention_custom, custom
+
+    number = None
+    if settings.threshold:
+        number = custom.draw_seed() if seed is None else torch.tensor(seed)
+    numbers = (settings.scale, settings.left, settings.right, settings.softcap)
+    of_table = (settings.bidirectional, settings.max_distance)
+    return attention_custom.attention(q, k, v, *terms, number, *numbers, *of_table, settings.threshold, impl)[0]
 
 
 def _composed(q, k, v, terms: Terms, settings: Settings, seed: int | None) -> torch.Tensor:

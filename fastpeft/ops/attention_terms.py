@@ -16,6 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastpeft.reference.attention import RelativeBias
 
+PASSES = {"torch": "fastpeft.ops.attention_torch", "triton": "fastpeft.ops.attention_triton"}
+
 
 class Terms(NamedTuple):
     """The tensors of a call beside q, k and v; None where it has none. Shapes: attention.py; table is relative_bias.table."""
