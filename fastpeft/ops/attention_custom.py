@@ -1,6 +1,6 @@
 """Attention as operators of torch.library, for torch.compile, fake tensors and meta tensors.
 
-fastpeft::attention           (o, lse) of q, k, v and the terms; differentiable in q, k, v, bias, the relative bias's table and sinks
+fastpeft::attention           (o, lse) of q, k, v and the terms; differentiable in q, k, v, bias, the bias's table and sinks
 fastpeft::attention_backward  their gradients, of no elements where not asked for
 
 Eager code calls the passes without them. Both run the passes of one implementation, so nothing of the size of the scores exists

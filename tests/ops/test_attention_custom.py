@@ -1,4 +1,4 @@
-"""Citizenship of attention: torch.library, torch.compile, fake and meta tensors, checkpointing; memory while a graph is traced."""
+"""Citizenship of attention: torch.library, torch.compile, fake and meta tensors, checkpointing; memory while traced."""
 
 import pytest
 import torch
@@ -205,7 +205,7 @@ def on_meta(term):
 @pytest.mark.parametrize(("reentrant", "traced"), [(False, False), (True, False), (False, True)])
 def test_checkpointing_draws_the_same_mask(reentrant, traced):
     """A compiled checkpoint asked the operator that draws a seed for the device of its arguments, of which it had none."""
-    tensors, terms, do = draw(causal=True, sq=17, sk=17)
+    tensors, _, do = draw(causal=True, sq=17, sk=17)
     leaves = [tensors[name].requires_grad_() for name in ("q", "k", "v")]
 
     def call(q, k, v):
