@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastpeft.integrations.acceleration.attention import replace_attention
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
+from fastpeft.integrations.acceleration.rope import replace_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +35,10 @@ class Walk:
     impl: str
 
 
-PARTS: dict[str, Callable[[Walk], None]] = {}
+PARTS: dict[str, Callable[[Walk], None]] = {
+    "attention": replace_attention,
+    "rope": replace_rope,
+}
 """Every part by name, in the order in which they are applied."""
 
 
