@@ -133,6 +133,7 @@ def record_attention(
             "slopes": empty(batch, _HEADS, dtype=FP32),
             "sinks": empty(_HEADS),
             "padding": empty(batch, tokens, dtype=torch.int8),
+            "valid": empty(batch, 2, dtype=torch.int32),
             "rows": empty(3, tokens, dtype=torch.int32),
             "keys": empty(2, tokens, dtype=torch.int32),
             "softcap": 30.0,

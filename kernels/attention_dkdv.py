@@ -143,6 +143,7 @@ def _attention_dkdv_kernel(
     padding_ptr,
     rows_ptr,
     keys_ptr,
+    valid_ptr,
     sq,
     sk,
     padded_sq,
@@ -198,6 +199,10 @@ def _attention_dkdv_kernel(
         first = first_n + sq - sk
         last = tl.minimum(first_n + BLOCK_N, sk) - 1 + sq - sk
         begin, full_begin, full_end, end = tile_range(first, last, right, left, sq, BLOCK_M, True)
+    if valid_ptr is not None:  # no query sees a tile of padding alone
+        seen = (first_n < tl.load(valid_ptr + 2 * b + 1)) & (first_n + BLOCK_N > tl.load(valid_ptr + 2 * b))
+        end = tl.where(seen, end, begin)
+        full_begin, full_end = tl.where(seen, full_begin, begin), tl.where(seen, full_end, begin)
     k = load_rows(k_ptr + b * stride_kb + hk * stride_kh, first_n, stride_kn, sk, D, BLOCK_N, BLOCK_D, not EVEN)
     v = load_rows(v_ptr + b * stride_vb + hk * stride_vh, first_n, stride_vn, sk, D, BLOCK_N, BLOCK_D, not EVEN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -269,6 +274,7 @@ def attention_dkdv(
         *call.tensors,
         call.rows,
         call.keys,
+        call.valid,
         sq,
         sk,
         lse.shape[2],

@@ -24,6 +24,7 @@ from fastpeft.kernels.attention_scores import (
     store_rows,
     terms_of,
     tile_range,
+    within_keys,
 )
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.launch import dot_precision, launch, target_of
@@ -153,6 +154,7 @@ def _attention_dq_kernel(
     slopes_ptr,
     padding_ptr,
     rows_ptr,
+    valid_ptr,
     sq,
     sk,
     padded_sq,
@@ -233,6 +235,9 @@ def _attention_dq_kernel(
         first = first_m + sk - sq
         last = tl.minimum(first_m + BLOCK_M, sq) - 1 + sk - sq
         begin, full_begin, full_end, end = tile_range(first, last, left, right, sk, BLOCK_N, True)
+    if valid_ptr is not None:
+        valid_ptr += 2 * b
+    begin, full_begin, full_end, end = within_keys(begin, full_begin, full_end, end, valid_ptr, BLOCK_N)
 
     do_ptr += b * stride_dob + h * stride_doh
     o_ptr += b * stride_ob + h * stride_oh
@@ -316,6 +321,7 @@ def attention_dq(
         parts,
         *call.tensors,
         call.rows,
+        call.valid,
         sq,
         sk,
         lse.shape[2],

@@ -23,6 +23,7 @@ from fastpeft.kernels.attention_scores import (
     store_rows,
     terms_of,
     tile_range,
+    within_keys,
 )
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.launch import dot_precision, launch, target_of
@@ -105,6 +106,7 @@ def _attention_fwd_kernel(
     slopes_ptr,
     padding_ptr,
     rows_ptr,
+    valid_ptr,
     sq,
     sk,
     padded_sq,
@@ -173,6 +175,9 @@ def _attention_fwd_kernel(
         first = first_m + sk - sq
         last = tl.minimum(first_m + BLOCK_M, sq) - 1 + sk - sq
         begin, full_begin, full_end, end = tile_range(first, last, left, right, sk, BLOCK_N, True)
+    if valid_ptr is not None:
+        valid_ptr += 2 * b
+    begin, full_begin, full_end, end = within_keys(begin, full_begin, full_end, end, valid_ptr, BLOCK_N)
 
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, first_m, stride_qm, sq, D, BLOCK_M, BLOCK_D, not EVEN)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -233,6 +238,7 @@ def attention_fwd(
         call.sinks,
         *call.tensors,
         call.rows,
+        call.valid,
         sq,
         sk,
         lse.shape[2],

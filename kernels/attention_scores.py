@@ -123,6 +123,18 @@ def interval_range(low, high, length, BLOCK: tl.constexpr, RAGGED: tl.constexpr)
 
 
 @triton.jit
+def within_keys(begin, full_begin, full_end, end, valid_ptr, BLOCK: tl.constexpr):
+    """A tile range of keys without the tiles before the first and behind the last key that is no padding."""
+    if valid_ptr is not None:
+        first = tl.load(valid_ptr) // BLOCK * BLOCK
+        last = (tl.load(valid_ptr + 1) + BLOCK - 1) // BLOCK * BLOCK
+        begin, full_begin = tl.maximum(begin, first), tl.maximum(full_begin, first)
+        full_end = tl.maximum(tl.minimum(full_end, last), full_begin)
+        end = tl.minimum(end, last)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def _bias_tile(bias_ptr, stride_bm, first_m, offs_n, sq, sk, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
     rows = tl.minimum(tl.arange(0, BLOCK_M), sq - 1 - first_m)
     ptrs = bias_ptr + tl.cast(first_m, tl.int64) * stride_bm + (rows[:, None] * stride_bm + offs_n[None, :])

@@ -51,7 +51,7 @@ def _columns_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _call(q: torch.Tensor, sk: int, terms: Terms, settings: Settings):
-    from fastpeft.kernels.attention_call import AttentionCall, aligned_bias, packed_intervals
+    from fastpeft.kernels.attention_call import AttentionCall, aligned_bias, packed_intervals, valid_keys
 
     batch, sq, heads, _ = q.shape
     left, right = settings.left, settings.right
@@ -71,6 +71,7 @@ def _call(q: torch.Tensor, sk: int, terms: Terms, settings: Settings):
         sinks=terms.sinks,
         slopes=None if slopes is None else slopes.float().expand(batch, heads).contiguous(),
         padding=None if mask is None else mask.contiguous().view(torch.int8),
+        valid=None if mask is None else valid_keys(mask),
         rows=rows,
         keys=keys,
         seed=settings.seed,

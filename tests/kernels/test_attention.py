@@ -37,6 +37,8 @@ NAMED = [
     Case(softcap=2.0, dtype=F32),
     Case(padding=True, dtype=BF16),
     Case(padding=True, sinks=True, causal=True),
+    Case(padding=True, sq=101, sk=101, window=(60, 5)),  # tiles of padding alone, of one batch all
+    Case(padding=True, sq=128, sk=128, bias=(True, True, True), causal=True, dtype=BF16),
     Case(bias=(True, True, True), causal=True, window=(9, None)),  # tiles that are skipped have a gradient of zero
     Case(bias=(True, False, True)),
     Case(bias=(False, True, True), dropout_p=0.25, dtype=BF16),
