@@ -62,6 +62,8 @@ def attention(
         statistics = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(q.shape), q.new_zeros(shape, dtype=statistics)
     o, lse = _passes(impl).forward(q, k, v, terms, settings)
+    if lse.dim() < 3:
+        lse = lse.new_zeros(shape)  # none are needed
     if lse.shape[2] < shape[2]:
         lse = F.pad(lse, (0, shape[2] - lse.shape[2]), value=float("inf"))  # as rows without a key
     return o.contiguous(), lse.contiguous()

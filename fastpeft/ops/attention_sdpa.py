@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpeft import backend
+from fastpeft.ops import attention_bf16
 
 WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the forward pass
 
@@ -20,6 +21,8 @@ def _as_it_is(q, k, v) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False  # the operator finds out where the graph runs
+    if q.dtype == torch.bfloat16 and attention_bf16.worth(q, k):
+        return False
     if q.dtype == torch.bfloat16 and backend.cpu_multiplies_bfloat16():
         return True
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
