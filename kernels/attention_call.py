@@ -16,6 +16,7 @@ class AttentionCall:
     distance d - max_distance adds, farther ones as the ends; sinks [H]; slopes [B, H] float32; padding [B, Sk] int8, 1 = attend;
     valid [B, 2] int32, the first key of each batch that is no padding and the one behind the last;
     rows [3, Sq] and keys [2, Sk] int32 of packed sequences: (beside, low, high) of every query and (low, high) of every key;
+    cos, sin [B or 1, S, D / 2], contiguous: angles of every token, by which q and k are rotated when their tiles are loaded;
     left, right: bounds of the distance of a visible key.
     """
 
@@ -29,6 +30,8 @@ class AttentionCall:
     slopes: torch.Tensor | None = None
     padding: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     seed: int = 0
@@ -45,8 +48,9 @@ class AttentionCall:
         threshold = self.threshold or None
         kept_share = 1.0 / (1.0 - self.threshold / 65536)
         numbers = (self.softcap, self.left, self.right, self.max_distance, self.seed, threshold, kept_share)
-        object.__setattr__(self, "tensors", (self.bias, self.distances, self.slopes, self.padding))
-        object.__setattr__(self, "strides", (*bias, slopes, padding))
+        object.__setattr__(self, "tensors", (self.bias, self.distances, self.slopes, self.padding, self.cos, self.sin))
+        rope = (0, 0) if self.cos is None else (self.cos.stride(0) if self.cos.shape[0] > 1 else 0, self.cos.stride(1))
+        object.__setattr__(self, "strides", (*bias, slopes, padding, *rope))
         object.__setattr__(self, "numbers", (self.scale, *numbers))
 
     @property

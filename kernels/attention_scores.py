@@ -69,6 +69,51 @@ def store_rows(
 
 
 @triton.jit
+def rope_of(b, cos_ptr, sin_ptr, stride_rb, stride_rm):
+    """What `load_turned` takes for batch b; cos_ptr and sin_ptr are None where nothing is to be rotated."""
+    if cos_ptr is not None:
+        cos_ptr += b * stride_rb
+        sin_ptr += b * stride_rb
+    return cos_ptr, sin_ptr, stride_rm
+
+
+@triton.jit
+def load_turned(
+    ptr, first, stride, end, rope, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """`load_rows` of q or k, rotated on the way: D is BLOCK_D then, pairs are (d, d + D / 2). Every element is loaded once."""
+    cos_ptr, sin_ptr, stride_rm = rope
+    if cos_ptr is None:
+        x = load_rows(ptr, first, stride, end, D, ROWS, BLOCK_D, MASKED)
+    else:
+        HALF: tl.constexpr = BLOCK_D // 2
+        cos = load_rows(cos_ptr, first, stride_rm, end, HALF, ROWS, HALF, MASKED).to(tl.float32)
+        sin = load_rows(sin_ptr, first, stride_rm, end, HALF, ROWS, HALF, MASKED).to(tl.float32)
+        x1 = load_rows(ptr, first, stride, end, HALF, ROWS, HALF, MASKED).to(tl.float32)
+        x2 = load_rows(ptr + HALF, first, stride, end, HALF, ROWS, HALF, MASKED).to(tl.float32)
+        x = _halves_joined(x1 * cos - x2 * sin, x2 * cos + x1 * sin, ROWS, BLOCK_D).to(ptr.dtype.element_ty)
+    return x
+
+
+@triton.jit
+def turned_back(tile, first, end, rope, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """The gradient [ROWS, BLOCK_D] of what `load_turned` read, from that of what it gave."""
+    cos_ptr, sin_ptr, stride_rm = rope
+    if cos_ptr is not None:
+        HALF: tl.constexpr = BLOCK_D // 2
+        cos = load_rows(cos_ptr, first, stride_rm, end, HALF, ROWS, HALF, MASKED).to(tl.float32)
+        sin = load_rows(sin_ptr, first, stride_rm, end, HALF, ROWS, HALF, MASKED).to(tl.float32)
+        y1, y2 = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
+        tile = _halves_joined(y1 * cos + y2 * sin, y2 * cos - y1 * sin, ROWS, BLOCK_D)
+    return tile
+
+
+@triton.jit
+def _halves_joined(x1, x2, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    return tl.reshape(tl.permute(tl.join(x1, x2), (0, 2, 1)), (ROWS, BLOCK_D))
+
+
+@triton.jit
 def query_interval(offs_m, rows_ptr, sq, sk, left, right):
     """(beside, low, high) [BLOCK_M]: the key beside each query, and the keys that it sees. Rows past the end: the last one's."""
     offs_m = tl.minimum(offs_m, sq - 1)

@@ -14,13 +14,15 @@ from fastpeft.ops.attention_terms import (
     Terms,
     bounds_of,
     check_numbers,
-    check_rope,
+    check_on_load,
     check_tensors,
     check_terms,
     relative_of,
+    rope_rows,
 )
 from fastpeft.ops.dropout import LEVELS, draw_seed, keep_mask, threshold_of
 from fastpeft.ops.first_order import first_order_only
+from fastpeft.ops.rope import apply_rope
 from fastpeft.ops.tracing import traced, transformed
 from fastpeft.reference import attention as reference
 
@@ -37,8 +39,9 @@ class Attention(torch.autograd.Function):
     """Keeps q, k, v, o, lse and the terms as they came; scores and dropout masks are computed again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, table, sinks, alibi_slopes, key_padding_mask, cu_q, cu_k, settings, impl):
-        terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_q, cu_k)
+    def forward(ctx, q, k, v, *rest):
+        *terms, settings, impl = rest
+        terms = Terms(*terms)
         if q.numel() == 0 or k.numel() == 0:
             o, lse = torch.zeros_like(q), None
         else:
@@ -58,7 +61,7 @@ class Attention(torch.autograd.Function):
             grads = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(inputs, needs, strict=True)]
         else:
             grads = _passes(ctx.impl).backward(do, q, k, v, o, lse, terms, ctx.settings, needs)
-        return *grads, *[None] * 6
+        return *grads, *[None] * (len(Terms._fields) - 1)
 
 
 def attention(
@@ -80,6 +83,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: int | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rope_on_load: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
     """o = drop(softmax(mask(cap(scale * q k^T) + bias + relative_bias - alibi_slopes |d|), sinks)) v, d = j - (i + Sk - Sq).
@@ -87,7 +91,9 @@ def attention(
     Shapes:  q [B, Sq, H, D], k and v [B, Sk, Hkv, D], Hkv divides H -> o [B, Sq, H, D]; any strides; bias [B or 1, H or 1,
              Sq or 1, Sk]; alibi_slopes [H] or [B, H]; sinks [H]; key_padding_mask [B, Sk], True = attend; cu_seqlens_q and
              cu_seqlens_k int32 [n + 1], the first tokens of n packed sequences and the number of tokens, B = 1; rope (cos,
-             sin) [S, D] of rotary positions, half-split, Sq = Sk = S
+             sin), a row per token [S, R/2] or [B or 1, S, R/2], or D columns whose halves are alike, Sq = Sk = S
+    Rope:    q and k are rotated as apply_rope does it, half-split, before they meet. rope_on_load: by `triton`'s kernels whenever
+             a tile of them is loaded, so that no rotated copy is written; D a power of two = R. The others rotate beforehand
     Masks:   causal d <= 0, aligned at the last query and key; window (left, right) -left <= d <= right, None = no bound; an int
              is the left side of a causal window. A query without a visible key gives zeros and no gradient
     Dtypes:  q, k, v alike: float32, float16, bfloat16, on the CPU also float64; softmax statistics in float32 or wider
@@ -116,10 +122,14 @@ def attention(
     check_terms(q, k.shape[1], terms)
     if not q.is_meta and q.dtype != torch.float64 and torch.is_autocast_enabled(q.device.type):
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    if rope is not None:
-        check_rope(q, k, rope)
-        q, k = (reference.rotated(tensor, *rope).to(v.dtype) for tensor in (q, k))
     chosen = backend.resolve(impl, q.device, q.dtype)
+    if rope is not None:
+        cos, sin = rope_rows(q, k, rope)
+        if rope_on_load and chosen == "triton":
+            check_on_load(q.shape[3], cos)
+            terms = terms._replace(cos=cos, sin=sin)
+        else:
+            q, k = apply_rope(q, k, cos, sin, impl=chosen)
     threshold = threshold_of(dropout_p)
     settings = Settings(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),

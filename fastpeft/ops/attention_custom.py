@@ -44,6 +44,8 @@ def attention(
     key_padding_mask: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     seed: torch.Tensor | None,
     scale: float,
     left: int | None,
@@ -55,7 +57,7 @@ def attention(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o [B, Sq, H, D] contiguous, lse [B, H, Sq or more]): what the implementation's backward wants to have kept."""
-    terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
+    terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k, cos, sin)
     settings = _settings(seed, scale, left, right, softcap, bidirectional, max_distance, threshold)
     shape = _lse_shape(q, impl)
     if q.numel() == 0 or k.numel() == 0:
@@ -70,7 +72,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k, seed, scale, *rest):
+def _(q, k, v, *rest):
     impl = rest[-1]
     statistics = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q, impl), dtype=statistics)
@@ -91,6 +93,8 @@ def attention_backward(
     key_padding_mask: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     seed: torch.Tensor | None,
     scale: float,
     left: int | None,
@@ -103,7 +107,7 @@ def attention_backward(
     needs: list[bool],
 ) -> list[torch.Tensor]:
     """[dq, dk, dv, dbias, dtable, dsinks], contiguous."""
-    terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
+    terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k, cos, sin)
     settings = _settings(seed, scale, left, right, softcap, bidirectional, max_distance, threshold)
     inputs = (q, k, v, bias, table, sinks)
     if q.numel() == 0 or k.numel() == 0:
@@ -119,7 +123,7 @@ def _(do, q, k, v, o, lse, bias, table, sinks, *rest):
     return [x.new_empty(x.shape) if needed else q.new_empty(0) for x, needed in zip(inputs, needs, strict=True)]
 
 
-_TENSORS = 11  # arguments that are tensors: q, k, v, the terms and the seed
+_TENSORS = 13  # arguments that are tensors: q, k, v, the terms and the seed
 
 
 def _keep(ctx, inputs, output):

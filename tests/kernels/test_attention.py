@@ -51,6 +51,11 @@ NAMED = [
     Case(packed=PACKED, batch=1, window=(4, 2), sinks=True, dtype=BF16),
     Case(packed=PACKED, batch=1, bidirectional=True, bias=(False, True, True)),
     Case(dropout_p=0.5, causal=True),
+    Case(rope=1, sq=45, causal=True),
+    Case(rope=2, sq=45, causal=True, heads=4, kv_heads=2, dtype=BF16, strided=True),
+    Case(rope=1, sq=128, sk=128, batch=1, d=32, dtype=BF16),  # even: no row is masked
+    Case(rope=1, sq=37, sk=37, batch=1, packed=((0, 10, 37), (0, 10, 37)), bias=(False, True, True)),
+    Case(rope=2, sq=45, padding=True, bias=(True, False, True), window=(20, 3), softcap=3.0),
 ]
 
 

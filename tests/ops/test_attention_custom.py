@@ -101,7 +101,7 @@ def test_opcheck(term, impl, device):
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     q = leaves["q"]
     tensors_of_call = [leaves.get(name) for name in ("q", "k", "v", "bias", "table", "sinks")]
-    names = ("alibi_slopes", "key_padding_mask", "cu_seqlens_q", "cu_seqlens_k")
+    names = ("alibi_slopes", "key_padding_mask", "cu_seqlens_q", "cu_seqlens_k", "cos", "sin")
     tensors_of_call += [terms.get(name) for name in names]
     relative = terms.get("relative", {"bidirectional": True, "max_distance": 0})
     numbers = (0.25, None, 0 if terms["causal"] else None, terms["softcap"], *relative.values(), 20000, impl)
@@ -229,7 +229,7 @@ def test_a_second_differentiation_of_the_operator_is_refused():
     from fastpeft.ops import attention_custom
 
     q, k, v = (tensors[name].requires_grad_() for name in ("q", "k", "v"))
-    o, _ = attention_custom.attention(q, k, v, *[None] * 8, 0.25, None, None, terms["softcap"], True, 0, 0, "torch")
+    o, _ = attention_custom.attention(q, k, v, *[None] * 10, 0.25, None, None, terms["softcap"], True, 0, 0, "torch")
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="attention_backward"):
         dq.sum().backward()
