@@ -110,6 +110,7 @@ def record_attention(
     *,
     with_bias: bool = False,
     everything: bool = False,
+    with_rope: bool = False,
     tokens: int = _TOKENS,
     kv_heads: int = _KV_HEADS,
     dtype: torch.dtype = BF16,
@@ -141,6 +142,8 @@ def record_attention(
             "threshold": _THRESHOLD,
             "seed": 1,
         }
+    if with_rope:
+        terms |= {"cos": empty(1, tokens, d // 2), "sin": empty(1, tokens, d // 2)}
     call = AttentionCall(scale=d**-0.5, right=0, **terms)
     with record_launches(target) as launches:
         o, lse = attention_fwd(q, k, k, call, precision="ieee")

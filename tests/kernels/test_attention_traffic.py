@@ -133,3 +133,25 @@ def test_tiles_of_padding_are_not_read(side, right, probe):
 def test_valid_keys_are_between_the_first_and_the_last():
     mask = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]], dtype=torch.bool)
     assert valid_keys(mask).tolist() == [[0, 3], [1, 2], [0, 0], [0, 3], [2, 3]]
+
+
+def test_rope_on_load_writes_no_rotated_copy(probe):
+    """The same launches ask for the same bytes of q and k and store the same; beside them tables are read, rows as of q and k."""
+    q, k, v, do = (torch.randn(1, 70, 2, D) for _ in range(4))
+    angles = torch.rand(1, 70, D // 2)
+    asked = []
+    for tables in ({}, {"cos": angles.cos(), "sin": angles.sin()}):
+        call = AttentionCall(D**-0.5, right=0, **tables)
+        o, lse = attention_fwd(q, k, v, call, precision="ieee")
+        nothing = {"bias_shape": None, "with_distances": False, "with_sinks": False}
+        attention_bwd(do, q, k, v, o, lse, call, with_keys=True, precision="ieee", **nothing)
+        asked.append([probe.bytes_asked(index) for index in range(len(probe.launches) - 3, len(probe.launches))])
+    back = {1: ("q_ptr", 2), 2: ("k_ptr", 2)}  # rows of dq and of dk, whose tables are read once more
+    for index, (plain, turned) in enumerate(zip(*asked, strict=True)):
+        tables = {name: turned.pop((f"{name}_ptr", "load")) for name in ("cos", "sin")}
+        assert turned == plain
+        rows = plain["q_ptr", "load"] + plain["k_ptr", "load"]
+        if index in back:
+            name, _ = back[index]
+            rows += plain[name, "load"]
+        assert tables == {"cos": rows // 2, "sin": rows // 2}
