@@ -136,7 +136,7 @@ def test_valid_keys_are_between_the_first_and_the_last():
 
 
 def test_rope_on_load_writes_no_rotated_copy(probe):
-    """The same launches ask for the same bytes of q and k and store the same; beside them tables are read, rows as of q and k."""
+    """The launches store what they store without it. q and k come with their partners and as many angles, dq and dk too."""
     q, k, v, do = (torch.randn(1, 70, 2, D) for _ in range(4))
     angles = torch.rand(1, 70, D // 2)
     asked = []
@@ -146,12 +146,15 @@ def test_rope_on_load_writes_no_rotated_copy(probe):
         nothing = {"bias_shape": None, "with_distances": False, "with_sinks": False}
         attention_bwd(do, q, k, v, o, lse, call, with_keys=True, precision="ieee", **nothing)
         asked.append([probe.bytes_asked(index) for index in range(len(probe.launches) - 3, len(probe.launches))])
-    back = {1: ("q_ptr", 2), 2: ("k_ptr", 2)}  # rows of dq and of dk, whose tables are read once more
-    for index, (plain, turned) in enumerate(zip(*asked, strict=True)):
+    turned_back = (
+        0,
+        q.numel() * SIZE // 2,
+        k.numel() * SIZE // 2,
+    )  # of o none, of dq and dk half as many angles as columns
+    for plain, turned, back in zip(*asked, turned_back, strict=True):
         tables = {name: turned.pop((f"{name}_ptr", "load")) for name in ("cos", "sin")}
+        loaded = plain["q_ptr", "load"] + plain["k_ptr", "load"]
+        assert tables == {"cos": loaded + back, "sin": loaded + back}
+        for name in ("q", "k"):
+            turned[f"{name}_ptr", "load"] //= 2
         assert turned == plain
-        rows = plain["q_ptr", "load"] + plain["k_ptr", "load"]
-        if index in back:
-            name, _ = back[index]
-            rows += plain[name, "load"]
-        assert tables == {"cos": rows // 2, "sin": rows // 2}
