@@ -174,7 +174,9 @@ def test_query_tiles_of_the_backward_divide_those_that_write_lse_and_delta():
         for d in (16, 64, 80, 128, 256):
             for dtype in (F32, BF16):
                 call = AttentionCall(1.0)
+                angles = torch.zeros(1, 1, d // 2)
                 tables = [call, dataclasses.replace(call, distances=torch.zeros(1, 9), seed=SEED)]
+                tables.append(dataclasses.replace(call, cos=angles, sin=angles))
                 for terms in tables:
                     fwd, dq, dkdv = (
                         choose_attention(kernel, Target(arch, 1), D=d, dtype=dtype, call=terms)
