@@ -93,7 +93,8 @@ def attention(
              cu_seqlens_k int32 [n + 1], the first tokens of n packed sequences and the number of tokens, B = 1; rope (cos,
              sin), a row per token [S, R/2] or [B or 1, S, R/2], or D columns whose halves are alike, Sq = Sk = S
     Rope:    q and k are rotated as apply_rope does it, half-split, before they meet. rope_on_load: by `triton`'s kernels whenever
-             a tile of them is loaded, so that no rotated copy is written; D a power of two = R. The others rotate beforehand
+             a tile of them is loaded, so that no rotated copy is written; D a power of two = R. The others rotate beforehand,
+             as is faster by count: attention_scores.py
     Masks:   causal d <= 0, aligned at the last query and key; window (left, right) -left <= d <= right, None = no bound; an int
              is the left side of a causal window. A query without a visible key gives zeros and no gradient
     Dtypes:  q, k, v alike: float32, float16, bfloat16, on the CPU also float64; softmax statistics in float32 or wider
