@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastpeft.integrations.acceleration.attention import replace_attention
 from fastpeft.integrations.acceleration.checkpointing import checkpoint_layers
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
@@ -14,6 +15,7 @@ from fastpeft.integrations.acceleration.loss import replace_loss
 from fastpeft.integrations.acceleration.mlp import replace_mlp
 from fastpeft.integrations.acceleration.norm import replace_norms
 from fastpeft.integrations.acceleration.offload import offload_activations
+from fastpeft.integrations.acceleration.rope import replace_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,8 @@ class Walk:
 
 
 PARTS: dict[str, Callable[[Walk], None]] = {
+    "attention": replace_attention,
+    "rope": replace_rope,
     "norm": replace_norms,
     "mlp": replace_mlp,
     "loss": replace_loss,
