@@ -27,8 +27,8 @@ import fastpeft
 from benchmarks.lora_linear import machine
 from fastpeft.demo.assets import MINILM, VADER, default_cache_dir, obtain, unpack
 from fastpeft.demo.movies import LABELS, write_splits
+from fastpeft.ops.fast_matmul import fast_float32_matmul
 from fastpeft.training.metrics import classification_metrics
-from fastpeft.training.precision import fast_float32_matmul
 from fastpeft.training.trainer import GroupedByLength
 from tests.saved_bytes import SavedBytes
 

@@ -64,33 +64,37 @@ CASES = [
 ]
 
 
-def base_model(case: Case, *, dense: bool = False) -> nn.Module:
-    """The frozen model; quantised as the case says, unless it is to be dense."""
+def small_llama() -> nn.Module:
+    """The 32 million random weights."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**MODEL)
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, case.base)).requires_grad_(False)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
+
+
+def base_model(case: Case, make: Callable[[], nn.Module] = small_llama, *, dense: bool = False) -> nn.Module:
+    """The frozen model; quantised as the case says, unless it is to be dense."""
+    model = make().to(getattr(torch, case.base)).requires_grad_(False)
     if case.quant and not dense:
         model = fastpeft.quantize(model, case.quant, compute_dtype=getattr(torch, case.base))
     return model
 
 
-def frozen(case: Case) -> nn.Module:
-    model = base_model(case, dense=True)
+def frozen(case: Case, make: Callable[[], nn.Module] = small_llama) -> nn.Module:
+    model = base_model(case, make, dense=True)
     model.enable_input_require_grads()
     return model.train()
 
 
-def with_peft(case: Case) -> nn.Module:
+def with_peft(case: Case, make: Callable[[], nn.Module] = small_llama) -> nn.Module:
     import peft
 
-    return peft.get_peft_model(base_model(case), peft.LoraConfig(**_options(case))).train()
+    return peft.get_peft_model(base_model(case, make), peft.LoraConfig(**_options(case))).train()
 
 
-def with_fastpeft(case: Case) -> nn.Module:
-    return fastpeft.get_peft_model(base_model(case), fastpeft.LoraConfig(**_options(case))).train()
+def with_fastpeft(case: Case, make: Callable[[], nn.Module] = small_llama) -> nn.Module:
+    return fastpeft.get_peft_model(base_model(case, make), fastpeft.LoraConfig(**_options(case))).train()
 
 
 def _options(case: Case) -> dict:
@@ -115,17 +119,23 @@ class Trained:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
-    def step(self) -> float:
-        loss = self.model(input_ids=self.ids, labels=self.ids).loss
-        loss.backward()
+    def forward(self) -> torch.Tensor:
+        return self.model(input_ids=self.ids, labels=self.ids).loss
+
+    def update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        loss = self.forward()
+        loss.backward()
+        self.update()
         return loss.item()
 
     def saved_bytes(self) -> int:
         with SavedBytes(self.model) as watch:
-            loss = self.model(input_ids=self.ids, labels=self.ids).loss
+            loss = self.forward()
             kept = watch.total()
         del loss
         return kept
@@ -150,14 +160,14 @@ def measure(case: Case, rounds: int, tokens: tuple[int, int]) -> dict:
         **asdict(case),
         "ms": {name: round(statistics.median(values) * 1e3, 1) for name, values in times.items()},
         "least_ms": {name: round(min(values) * 1e3, 1) for name, values in times.items()},
-        "ratio_to_frozen": {name: _ratio(times[name], times["frozen"]) for name in ("peft", "fastpeft")},
-        "speedup_over_peft": _ratio(times["peft"], times["fastpeft"]),
+        "ratio_to_frozen": {name: ratio(times[name], times["frozen"]) for name in ("peft", "fastpeft")},
+        "speedup_over_peft": ratio(times["peft"], times["fastpeft"]),
         "saved_MB": {name: round(size / 2**20, 1) for name, size in kept.items()},
         "loss": {name: round(loss, 4) for name, loss in losses.items()},
     }
 
 
-def _ratio(above: list[float], below: list[float]) -> float:
+def ratio(above: list[float], below: list[float]) -> float:
     return round(statistics.median(one / two for one, two in zip(above, below, strict=True)), 3)
 
 

@@ -76,6 +76,15 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(supported and supported())
 
 
+@functools.cache
+def cpu_dots_bfloat16() -> bool:
+    """True if this CPU has vector instructions for products of bfloat16 (AVX-512 BF16), but no matrix ones: library products
+    of bfloat16 are then faster than those of float32, PyTorch's fused attention in bfloat16 is not."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    with_library = torch.backends.mkldnn.is_available()
+    return bool(supported and supported() and with_library and not cpu_multiplies_bfloat16())
+
+
 class GpuFacts(NamedTuple):
     """What PyTorch knows about a device; zeros where it does not. clock in Hz, bandwidth in bytes/s, l2 in bytes."""
 

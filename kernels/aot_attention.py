@@ -110,6 +110,7 @@ def record_attention(
     *,
     with_bias: bool = False,
     everything: bool = False,
+    with_rope: bool = False,
     tokens: int = _TOKENS,
     kv_heads: int = _KV_HEADS,
     dtype: torch.dtype = BF16,
@@ -133,6 +134,7 @@ def record_attention(
             "slopes": empty(batch, _HEADS, dtype=FP32),
             "sinks": empty(_HEADS),
             "padding": empty(batch, tokens, dtype=torch.int8),
+            "valid": empty(batch, 2, dtype=torch.int32),
             "rows": empty(3, tokens, dtype=torch.int32),
             "keys": empty(2, tokens, dtype=torch.int32),
             "softcap": 30.0,
@@ -140,6 +142,8 @@ def record_attention(
             "threshold": _THRESHOLD,
             "seed": 1,
         }
+    if with_rope:
+        terms |= {"cos": empty(1, tokens, d // 2), "sin": empty(1, tokens, d // 2)}
     call = AttentionCall(scale=d**-0.5, right=0, **terms)
     with record_launches(target) as launches:
         o, lse = attention_fwd(q, k, k, call, precision="ieee")

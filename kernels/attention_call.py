@@ -14,7 +14,9 @@ class AttentionCall:
 
     bias: of `aligned_bias`, expanded to [B, H, Sq, Sk or more]; distances [H, 2 max_distance + 1] float32, what a key at
     distance d - max_distance adds, farther ones as the ends; sinks [H]; slopes [B, H] float32; padding [B, Sk] int8, 1 = attend;
+    valid [B, 2] int32, the first key of each batch that is no padding and the one behind the last;
     rows [3, Sq] and keys [2, Sk] int32 of packed sequences: (beside, low, high) of every query and (low, high) of every key;
+    cos, sin [B or 1, S, D / 2], contiguous: angles of every token, by which q and k are rotated when their tiles are loaded;
     left, right: bounds of the distance of a visible key.
     """
 
@@ -27,6 +29,9 @@ class AttentionCall:
     sinks: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     padding: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     seed: int = 0
@@ -43,8 +48,9 @@ class AttentionCall:
         threshold = self.threshold or None
         kept_share = 1.0 / (1.0 - self.threshold / 65536)
         numbers = (self.softcap, self.left, self.right, self.max_distance, self.seed, threshold, kept_share)
-        object.__setattr__(self, "tensors", (self.bias, self.distances, self.slopes, self.padding))
-        object.__setattr__(self, "strides", (*bias, slopes, padding))
+        object.__setattr__(self, "tensors", (self.bias, self.distances, self.slopes, self.padding, self.cos, self.sin))
+        rope = (0, 0) if self.cos is None else (self.cos.stride(0) if self.cos.shape[0] > 1 else 0, self.cos.stride(1))
+        object.__setattr__(self, "strides", (*bias, slopes, padding, *rope))
         object.__setattr__(self, "numbers", (self.scale, *numbers))
 
     @property
@@ -60,11 +66,19 @@ class AttentionCall:
     @property
     def skips_tiles(self) -> bool:
         """True if some tiles may never be visited."""
-        return self.left is not None or self.right is not None or self.rows is not None
+        return self.left is not None or self.right is not None or self.rows is not None or self.valid is not None
 
     def is_even(self, sq: int, sk: int) -> bool:
         """True if every tile is full of rows that exist."""
         return self.rows is None and sq % EVEN_LENGTH == 0 and sk % EVEN_LENGTH == 0
+
+
+def valid_keys(mask: torch.Tensor) -> torch.Tensor:
+    """[B, 2] int32 of a mask [B, Sk], True = attend: see AttentionCall; zeros for a batch without a key. Nothing waits."""
+    mask = mask.to(torch.int8)
+    some = mask.amax(1)
+    first, behind = mask.argmax(1), mask.shape[1] - mask.flip(1).argmax(1)
+    return (torch.stack([first, behind], 1) * some[:, None]).int()
 
 
 def aligned_bias(bias: torch.Tensor) -> torch.Tensor:

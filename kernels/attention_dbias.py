@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from fastpeft.kernels.attention_call import AttentionCall, empty_aligned
-from fastpeft.kernels.attention_scores import factor_of, kept, load_rows, query_interval, score_tile, terms_of
+from fastpeft.kernels.attention_scores import (
+    factor_of,
+    kept,
+    load_rows,
+    load_turned,
+    query_interval,
+    rope_of,
+    score_tile,
+    terms_of,
+)
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.launch import dot_precision, launch, target_of
 
@@ -29,6 +38,8 @@ def _attention_dbias_kernel(
     distances_ptr,
     slopes_ptr,
     padding_ptr,
+    cos_ptr,
+    sin_ptr,
     rows_ptr,
     sq,
     sk,
@@ -57,6 +68,8 @@ def _attention_dbias_kernel(
     stride_bm,
     stride_sb,
     stride_pb,
+    stride_rb,
+    stride_rm,
     scale,
     softcap,
     left,
@@ -106,13 +119,18 @@ def _attention_dbias_kernel(
                 max_distance,
                 TERMS,
             )
-            k = load_rows(k_ptr + b * stride_kb + h // G * stride_kh, first_n, stride_kn, sk, D, BLOCK_N, BLOCK_D, True)
+            rope = rope_of(b, cos_ptr, sin_ptr, stride_rb, stride_rm)
+            k = load_turned(
+                k_ptr + b * stride_kb + h // G * stride_kh, first_n, stride_kn, sk, rope, D, BLOCK_N, BLOCK_D, True
+            )
             v = load_rows(v_ptr + b * stride_vb + h // G * stride_vh, first_n, stride_vn, sk, D, BLOCK_N, BLOCK_D, True)
             for m in tl.range(begin_m, end_m, BLOCK_M, num_stages=1):
                 offs_m = m + tl.arange(0, BLOCK_M)
                 beside, low, high = query_interval(offs_m, rows_ptr, sq, sk, left, right)
                 if (tl.min(low, 0) < first_n + BLOCK_N) & (tl.max(high, 0) > first_n):
-                    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, m, stride_qm, sq, D, BLOCK_M, BLOCK_D, True)
+                    q = load_turned(
+                        q_ptr + b * stride_qb + h * stride_qh, m, stride_qm, sq, rope, D, BLOCK_M, BLOCK_D, True
+                    )
                     do = load_rows(
                         do_ptr + b * stride_dob + h * stride_doh, m, stride_dom, sq, D, BLOCK_M, BLOCK_D, True
                     )

@@ -16,11 +16,14 @@ from fastpeft.kernels.attention_scores import (
     interval_range,
     kept,
     load_rows,
+    load_turned,
     query_interval,
+    rope_of,
     score_tile,
     store_rows,
     terms_of,
     tile_range,
+    turned_back,
 )
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.launch import dot_precision, launch, target_of
@@ -39,6 +42,7 @@ def _tiles(
     bias_ptr,
     distances_ptr,
     slopes_ptr,
+    rope,
     b,
     first_h,
     H,
@@ -85,8 +89,8 @@ def _tiles(
         m = tl.multiple_of(m, BLOCK_M)
         offs_m = m + tl.arange(0, BLOCK_M)
         beside, low, high = query_interval(offs_m, rows_ptr, sq, sk, left, right)
-        q = load_rows(
-            q_ptr + tl.cast(g, tl.int64) * stride_qh, m, stride_qm, sq, D, BLOCK_M, BLOCK_D, MASKED and not EVEN
+        q = load_turned(
+            q_ptr + tl.cast(g, tl.int64) * stride_qh, m, stride_qm, sq, rope, D, BLOCK_M, BLOCK_D, MASKED and not EVEN
         )
         row = tl.cast(g, tl.int64) * padded_sq
         lse = tl.load(lse_ptr + row + offs_m)  # +inf past the end
@@ -141,8 +145,11 @@ def _attention_dkdv_kernel(
     distances_ptr,
     slopes_ptr,
     padding_ptr,
+    cos_ptr,
+    sin_ptr,
     rows_ptr,
     keys_ptr,
+    valid_ptr,
     sq,
     sk,
     padded_sq,
@@ -167,6 +174,8 @@ def _attention_dkdv_kernel(
     stride_bm,
     stride_sb,
     stride_pb,
+    stride_rb,
+    stride_rm,
     scale,
     softcap,
     left,
@@ -198,7 +207,12 @@ def _attention_dkdv_kernel(
         first = first_n + sq - sk
         last = tl.minimum(first_n + BLOCK_N, sk) - 1 + sq - sk
         begin, full_begin, full_end, end = tile_range(first, last, right, left, sq, BLOCK_M, True)
-    k = load_rows(k_ptr + b * stride_kb + hk * stride_kh, first_n, stride_kn, sk, D, BLOCK_N, BLOCK_D, not EVEN)
+    if valid_ptr is not None:  # no query sees a tile of padding alone
+        seen = (first_n < tl.load(valid_ptr + 2 * b + 1)) & (first_n + BLOCK_N > tl.load(valid_ptr + 2 * b))
+        end = tl.where(seen, end, begin)
+        full_begin, full_end = tl.where(seen, full_begin, begin), tl.where(seen, full_end, begin)
+    rope = rope_of(b, cos_ptr, sin_ptr, stride_rb, stride_rm)
+    k = load_turned(k_ptr + b * stride_kb + hk * stride_kh, first_n, stride_kn, sk, rope, D, BLOCK_N, BLOCK_D, not EVEN)
     v = load_rows(v_ptr + b * stride_vb + hk * stride_vh, first_n, stride_vn, sk, D, BLOCK_N, BLOCK_D, not EVEN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -209,20 +223,20 @@ def _attention_dkdv_kernel(
     until = tl.minimum(full_begin, end)
     if right is not None or rows_ptr is not None:
         dk, dv = _tiles(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, b, hk * G, H, stride_qm,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, rope, b, hk * G, H, stride_qm,
             stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, begin, until, offs_n, first_n,
             rows_ptr, sq, sk, padded_sq, scale, softcap, left, right, max_distance, seed, threshold, kept_share,
             True, EVEN, G, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dk, dv = _tiles(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, b, hk * G, H, stride_qm,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, rope, b, hk * G, H, stride_qm,
         stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, full_begin, full_end, offs_n,
         first_n, rows_ptr, sq, sk, padded_sq, scale, softcap, left, right, max_distance, seed, threshold, kept_share,
         False, EVEN, G, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if left is not None or rows_ptr is not None or not EVEN:
         dk, dv = _tiles(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, b, hk * G, H, stride_qm,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, rope, b, hk * G, H, stride_qm,
             stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, full_end, end, offs_n,
             first_n, rows_ptr, sq, sk, padded_sq, scale, softcap, left, right, max_distance, seed, threshold, kept_share,
             True, EVEN, G, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -235,6 +249,7 @@ def _attention_dkdv_kernel(
         dv *= kept_share
     place = b * stride_dkb + hk * stride_dkh
     store_rows(dv_ptr + place, dv, first_n, stride_dkn, sk, D, BLOCK_N, BLOCK_D, not EVEN)
+    dk = turned_back(dk, first_n, sk, rope, BLOCK_N, BLOCK_D, not EVEN)
     store_rows(dk_ptr + place, dk * scale, first_n, stride_dkn, sk, D, BLOCK_N, BLOCK_D, not EVEN)
 
 
@@ -269,6 +284,7 @@ def attention_dkdv(
         *call.tensors,
         call.rows,
         call.keys,
+        call.valid,
         sq,
         sk,
         lse.shape[2],

@@ -19,11 +19,15 @@ from fastpeft.kernels.attention_scores import (
     interval_range,
     kept,
     load_rows,
+    load_turned,
     query_interval,
+    rope_of,
     score_tile,
     store_rows,
     terms_of,
     tile_range,
+    turned_back,
+    within_keys,
 )
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.launch import dot_precision, launch, target_of
@@ -82,6 +86,7 @@ def _tiles(
     sq,
     sk,
     terms,
+    rope,
     padding_ptr,
     scale,
     softcap,
@@ -106,7 +111,7 @@ def _tiles(
     for n in tl.range(begin, end, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
         offs_n = n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, n, stride_kn, sk, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
+        k = load_turned(k_ptr, n, stride_kn, sk, rope, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
         v = load_rows(v_ptr, n, stride_vn, sk, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
         s, capped = score_tile(
             q, k, terms, scale, softcap, beside, first_m, offs_n, sq, sk, TERMS, MASKED and not EVEN, False, PRECISION
@@ -152,7 +157,10 @@ def _attention_dq_kernel(
     distances_ptr,
     slopes_ptr,
     padding_ptr,
+    cos_ptr,
+    sin_ptr,
     rows_ptr,
+    valid_ptr,
     sq,
     sk,
     padded_sq,
@@ -183,6 +191,8 @@ def _attention_dq_kernel(
     stride_bm,
     stride_sb,
     stride_pb,
+    stride_rb,
+    stride_rm,
     scale,
     softcap,
     left,
@@ -222,6 +232,7 @@ def _attention_dq_kernel(
         max_distance,
         TERMS,
     )
+    rope = rope_of(b, cos_ptr, sin_ptr, stride_rb, stride_rm)
     if padding_ptr is not None:
         padding_ptr += b * stride_pb
     if dbias_ptr is not None:
@@ -233,6 +244,9 @@ def _attention_dq_kernel(
         first = first_m + sk - sq
         last = tl.minimum(first_m + BLOCK_M, sq) - 1 + sk - sq
         begin, full_begin, full_end, end = tile_range(first, last, left, right, sk, BLOCK_N, True)
+    if valid_ptr is not None:
+        valid_ptr += 2 * b
+    begin, full_begin, full_end, end = within_keys(begin, full_begin, full_end, end, valid_ptr, BLOCK_N)
 
     do_ptr += b * stride_dob + h * stride_doh
     o_ptr += b * stride_ob + h * stride_oh
@@ -244,7 +258,7 @@ def _attention_dq_kernel(
     tl.store(delta_ptr + row, delta, mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=float("inf"))
     q_ptr += b * stride_qb + h * stride_qh
-    q = load_rows(q_ptr, first_m, stride_qm, sq, D, BLOCK_M, BLOCK_D, not EVEN)
+    q = load_turned(q_ptr, first_m, stride_qm, sq, rope, D, BLOCK_M, BLOCK_D, not EVEN)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     histogram = tl.zeros([BINS if BINS else 1], tl.float32)
@@ -252,22 +266,23 @@ def _attention_dq_kernel(
     if left is not None or rows_ptr is not None:
         dq, histogram = _tiles(
             dq, histogram, q, do, lse, delta, k_ptr, v_ptr, dbias_ptr, stride_kn, stride_vn, stride_dbm, begin,
-            tl.minimum(full_begin, end), first_m, interval, sq, sk, terms, padding_ptr, scale, softcap, seed, row_of_head,
+            tl.minimum(full_begin, end), first_m, interval, sq, sk, terms, rope, padding_ptr, scale, softcap, seed, row_of_head,
             threshold, kept_share, True, EVEN, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D, BINS,
         )  # fmt: skip
     dq, histogram = _tiles(
         dq, histogram, q, do, lse, delta, k_ptr, v_ptr, dbias_ptr, stride_kn, stride_vn, stride_dbm, full_begin,
-        full_end, first_m, interval, sq, sk, terms, padding_ptr, scale, softcap, seed, row_of_head,
+        full_end, first_m, interval, sq, sk, terms, rope, padding_ptr, scale, softcap, seed, row_of_head,
         threshold, kept_share, False, EVEN, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D, BINS,
     )  # fmt: skip
     if right is not None or rows_ptr is not None or not EVEN:
         dq, histogram = _tiles(
             dq, histogram, q, do, lse, delta, k_ptr, v_ptr, dbias_ptr, stride_kn, stride_vn, stride_dbm, full_end,
-            end, first_m, interval, sq, sk, terms, padding_ptr, scale, softcap, seed, row_of_head,
+            end, first_m, interval, sq, sk, terms, rope, padding_ptr, scale, softcap, seed, row_of_head,
             threshold, kept_share, True, EVEN, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D, BINS,
         )  # fmt: skip
 
     dq_ptr += b * stride_dqb + h * stride_dqh
+    dq = turned_back(dq, first_m, sq, rope, BLOCK_M, BLOCK_D, not EVEN)
     store_rows(dq_ptr, dq * scale, first_m, stride_dqm, sq, D, BLOCK_M, BLOCK_D, not EVEN)
     if BINS:
         place = ((b * tiles_m + pid_m) * H + h) * BINS
@@ -316,6 +331,7 @@ def attention_dq(
         parts,
         *call.tensors,
         call.rows,
+        call.valid,
         sq,
         sk,
         lse.shape[2],

@@ -18,11 +18,14 @@ from fastpeft.kernels.attention_scores import (
     interval_range,
     kept,
     load_rows,
+    load_turned,
     query_interval,
+    rope_of,
     score_tile,
     store_rows,
     terms_of,
     tile_range,
+    within_keys,
 )
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.launch import dot_precision, launch, target_of
@@ -45,6 +48,7 @@ def _tiles(
     sq,
     sk,
     terms,
+    rope,
     padding_ptr,
     scale,
     softcap,
@@ -68,7 +72,7 @@ def _tiles(
     for n in tl.range(begin, end, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
         offs_n = n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, n, stride_kn, sk, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
+        k = load_turned(k_ptr, n, stride_kn, sk, rope, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
         s, _ = score_tile(
             q, k, terms, scale, softcap, beside, first_m, offs_n, sq, sk, TERMS, MASKED and not EVEN, False, PRECISION
         )
@@ -104,7 +108,10 @@ def _attention_fwd_kernel(
     distances_ptr,
     slopes_ptr,
     padding_ptr,
+    cos_ptr,
+    sin_ptr,
     rows_ptr,
+    valid_ptr,
     sq,
     sk,
     padded_sq,
@@ -126,6 +133,8 @@ def _attention_fwd_kernel(
     stride_bm,
     stride_sb,
     stride_pb,
+    stride_rb,
+    stride_rm,
     scale,
     softcap,
     left,
@@ -164,6 +173,7 @@ def _attention_fwd_kernel(
         max_distance,
         TERMS,
     )
+    rope = rope_of(b, cos_ptr, sin_ptr, stride_rb, stride_rm)
     if padding_ptr is not None:
         padding_ptr += b * stride_pb
     interval = query_interval(offs_m, rows_ptr, sq, sk, left, right)
@@ -173,8 +183,11 @@ def _attention_fwd_kernel(
         first = first_m + sk - sq
         last = tl.minimum(first_m + BLOCK_M, sq) - 1 + sk - sq
         begin, full_begin, full_end, end = tile_range(first, last, left, right, sk, BLOCK_N, True)
+    if valid_ptr is not None:
+        valid_ptr += 2 * b
+    begin, full_begin, full_end, end = within_keys(begin, full_begin, full_end, end, valid_ptr, BLOCK_N)
 
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, first_m, stride_qm, sq, D, BLOCK_M, BLOCK_D, not EVEN)
+    q = load_turned(q_ptr + b * stride_qb + h * stride_qh, first_m, stride_qm, sq, rope, D, BLOCK_M, BLOCK_D, not EVEN)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -186,18 +199,18 @@ def _attention_fwd_kernel(
     if left is not None or rows_ptr is not None:
         acc, total, m = _tiles(
             acc, total, m, q, k_ptr, v_ptr, stride_kn, stride_vn, begin, tl.minimum(full_begin, end), first_m, interval, sq,
-            sk, terms, padding_ptr, scale, softcap, seed, row_of_head, threshold, True, EVEN, True, TERMS, PRECISION, D,
+            sk, terms, rope, padding_ptr, scale, softcap, seed, row_of_head, threshold, True, EVEN, True, TERMS, PRECISION, D,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, total, m = _tiles(
         acc, total, m, q, k_ptr, v_ptr, stride_kn, stride_vn, full_begin, full_end, first_m, interval, sq,
-        sk, terms, padding_ptr, scale, softcap, seed, row_of_head, threshold, False, EVEN, hides, TERMS, PRECISION, D,
+        sk, terms, rope, padding_ptr, scale, softcap, seed, row_of_head, threshold, False, EVEN, hides, TERMS, PRECISION, D,
         BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if right is not None or rows_ptr is not None or not EVEN:
         acc, total, m = _tiles(
             acc, total, m, q, k_ptr, v_ptr, stride_kn, stride_vn, full_end, end, first_m, interval, sq,
-            sk, terms, padding_ptr, scale, softcap, seed, row_of_head, threshold, True, EVEN, True, TERMS, PRECISION, D,
+            sk, terms, rope, padding_ptr, scale, softcap, seed, row_of_head, threshold, True, EVEN, True, TERMS, PRECISION, D,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -233,6 +246,7 @@ def attention_fwd(
         call.sinks,
         *call.tensors,
         call.rows,
+        call.valid,
         sq,
         sk,
         lse.shape[2],

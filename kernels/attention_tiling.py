@@ -57,6 +57,12 @@ _GFX942: _Table = {
 _SMALL: _Table = {
     (kernel, d): (32, 32, 4, 2 if d == 64 else 1) for kernel in ("fwd", "dq", "dkdv") for d in (64, 128, 256)
 }
+# Where q and k are rotated when they are loaded, instead of the rows above: each tile comes with its partners and two of angles.
+_ROTATED: dict[str, _Table] = {
+    "sm_80": {("dq", 128): (128, 32, 8, 2)},
+    "sm_90": {("fwd", 128): (128, 64, 8, 2)},
+    "sm_100": {("fwd", 128): (128, 64, 8, 2)},
+}
 _TABLE = {"sm_80": _SM_80, "sm_86": _SM_80, "sm_90": _SM_90, "sm_100": _SM_100, "gfx942": _GFX942}
 
 
@@ -74,6 +80,9 @@ def choose_attention(kernel: str, target: Target, *, D: int, dtype: torch.dtype,
     row, columns = "dq" if kernel == "dbias" else kernel, max(64, block_d)
     plain = table[row, columns]
     m, n, warps, stages, *side = plain if call.bias is None else table.get((f"{row}_bias", columns), plain)
+    if call.cos is not None:
+        wide = _SMALL[row, columns] if columns > 128 else (m, n, warps, stages, *side)
+        m, n, warps, stages, *side = _ROTATED.get(family_of(target.arch), {}).get((row, columns), wide)
     if kernel in ("dq", "dbias") and call.distances is not None:
         m = min(m, n)  # a tile's diagonals are told apart by blocks of its keys
     if kernel == "fwd" and call.distances is not None and call.bias is not None:

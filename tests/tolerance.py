@@ -37,6 +37,9 @@ GRADIENTS_THROUGH_A_MODEL = 1e-5
 BF16_TRAINING = 2e-2
 """Losses and trained float32 parameters after a few steps of a bfloat16 model whose roundings differ, for `assert_close`."""
 
+EQUAL_TO_THREE_DIGITS = 5e-4
+"""Losses of two float32 trainings whose sums are taken in another order, step by step, for `assert_close`."""
+
 DECOMPOSED_AND_PUT_TOGETHER = 2e-5
 """A float32 matrix against the product of its factors (SVD, QR), for `assert_close`."""
 

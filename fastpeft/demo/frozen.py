@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from fastpeft.training.precision import fast_float32_matmul
+from fastpeft.ops.fast_matmul import fast_float32_matmul
 
 DESCRIPTION = "logistic regression on the frozen encoder's mean-pooled embeddings of the same training rows"
 

@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from fastpeft.ops.attention import attention
+from fastpeft.ops.tracing import traced
+from fastpeft.reference import attention as reference
 
 NAME = "fastpeft"
 _WINDOW_PARTS = {"sliding_window_overlay", "causal_mask_function"}
@@ -47,7 +49,7 @@ def attention_mask(
     if padding is not None and padding.dim() == 2 and aligned:
         padding = padding[:, kv_offset : kv_offset + kv_length]
         if padding.shape[1] == kv_length:
-            padding = None if not torch.compiler.is_compiling() and bool(padding.all()) else padding.bool()
+            padding = None if not traced(padding) and bool(padding.all()) else padding.bool()
             if mask_function is bidirectional_mask_function and padding is not None:
                 return padding[:, None, None, :]
             if allow_is_causal_skip and _is_causal(mask_function):
@@ -122,8 +124,10 @@ def fastpeft_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """(o [B, Sq, H, D], None) for query [B, H, Sq, D], key and value [B, Hkv, Sk, D], as transformers calls it.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(o [B, Sq, H, D], weights) for query [B, H, Sq, D], key and value [B, Hkv, Sk, D], as transformers calls it.
+
+    weights [B, H, Sq, Sk], before dropout, where the model hands output_attentions=True on, else None.
 
     Packed sequences are found from position_ids where there is no mask, with a cache that was empty too, or given as
     cu_seq_lens_q and cu_seq_lens_k.
@@ -157,7 +161,17 @@ def fastpeft_attention(
         terms["scale"] = q.shape[3] ** -0.5 if scaling is None else scaling
         q, k, v = (nn.functional.pad(tensor, (0, widest - tensor.shape[3])) for tensor in (q, k, v))
     o = attention(q, k, v, causal=causal, bias=bias, **terms)[..., :width]
-    return o.reshape(batch, sq, *o.shape[2:]).contiguous(), None
+    weights = _weights(q, k, batch, causal=causal, bias=bias, **terms) if kwargs.get("output_attentions") else None
+    return o.reshape(batch, sq, *o.shape[2:]).contiguous(), weights
+
+
+def _weights(q, k, batch, *, dropout_p, **terms):
+    """[B, H, Sq, Sk] by the specification; of packed rows each row's own."""
+    weights = reference.weights(q, k, **terms).to(q.dtype)
+    if q.shape[0] == batch:
+        return weights
+    by_row = weights[0].unflatten(2, (batch, -1)).unflatten(1, (batch, -1))  # [H, B, Sq, B, Sq]
+    return by_row.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
 
 
 # A boolean mask as a bias, so that all layers share one: (dtype, version of the mask, bias).
@@ -189,7 +203,7 @@ def _packed(position_ids, batch, tokens):
     """(cu_seqlens, the same) of the sequences that position_ids [B or 1, S] pack into rows; None where each row is one."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens or tokens < 2:
         return None
-    if torch.compiler.is_compiling() or position_ids.is_meta or position_ids.shape[0] not in (1, batch):
+    if traced(position_ids) or position_ids.shape[0] not in (1, batch):
         return None
     state = (batch, None if position_ids.is_inference() else position_ids._version)
     known = _PACKED.get(position_ids)

@@ -8,37 +8,40 @@ import torch
 from fastpeft import backend
 from fastpeft.ops import attention_sdpa
 from fastpeft.ops.attention_terms import (
+    PASSES,
     RelativeBias,
     Settings,
     Terms,
     bounds_of,
     check_numbers,
-    check_rope,
+    check_on_load,
     check_tensors,
     check_terms,
     relative_of,
+    rope_rows,
 )
 from fastpeft.ops.dropout import LEVELS, draw_seed, keep_mask, threshold_of
 from fastpeft.ops.first_order import first_order_only
+from fastpeft.ops.rope import apply_rope
 from fastpeft.ops.tracing import traced, transformed
 from fastpeft.reference import attention as reference
 
 __all__ = ["RelativeBias", "attention"]
 
 _NOTHING = (None,) * 8
-_PASSES = {"torch": "fastpeft.ops.attention_torch", "triton": "fastpeft.ops.attention_triton"}
 
 
 def _passes(impl: str):
-    return importlib.import_module(_PASSES[impl])
+    return importlib.import_module(PASSES[impl])
 
 
 class Attention(torch.autograd.Function):
     """Keeps q, k, v, o, lse and the terms as they came; scores and dropout masks are computed again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, table, sinks, alibi_slopes, key_padding_mask, cu_q, cu_k, settings, impl):
-        terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_q, cu_k)
+    def forward(ctx, q, k, v, *rest):
+        *terms, settings, impl = rest
+        terms = Terms(*terms)
         if q.numel() == 0 or k.numel() == 0:
             o, lse = torch.zeros_like(q), None
         else:
@@ -58,7 +61,7 @@ class Attention(torch.autograd.Function):
             grads = [torch.zeros_like(tensor) if needed else None for tensor, needed in zip(inputs, needs, strict=True)]
         else:
             grads = _passes(ctx.impl).backward(do, q, k, v, o, lse, terms, ctx.settings, needs)
-        return *grads, *[None] * 6
+        return *grads, *[None] * (len(Terms._fields) - 1)
 
 
 def attention(
@@ -80,6 +83,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: int | None = None,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rope_on_load: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
     """o = drop(softmax(mask(cap(scale * q k^T) + bias + relative_bias - alibi_slopes |d|), sinks)) v, d = j - (i + Sk - Sq).
@@ -87,7 +91,10 @@ def attention(
     Shapes:  q [B, Sq, H, D], k and v [B, Sk, Hkv, D], Hkv divides H -> o [B, Sq, H, D]; any strides; bias [B or 1, H or 1,
              Sq or 1, Sk]; alibi_slopes [H] or [B, H]; sinks [H]; key_padding_mask [B, Sk], True = attend; cu_seqlens_q and
              cu_seqlens_k int32 [n + 1], the first tokens of n packed sequences and the number of tokens, B = 1; rope (cos,
-             sin) [S, D] of rotary positions, half-split, Sq = Sk = S
+             sin), a row per token [S, R/2] or [B or 1, S, R/2], or D columns whose halves are alike, Sq = Sk = S
+    Rope:    q and k are rotated as apply_rope does it, half-split, before they meet. rope_on_load: by `triton`'s kernels whenever
+             a tile of them is loaded, so that no rotated copy is written; D a power of two = R. The others rotate beforehand,
+             as is faster by count: attention_scores.py
     Masks:   causal d <= 0, aligned at the last query and key; window (left, right) -left <= d <= right, None = no bound; an int
              is the left side of a causal window. A query without a visible key gives zeros and no gradient
     Dtypes:  q, k, v alike: float32, float16, bfloat16, on the CPU also float64; softmax statistics in float32 or wider
@@ -116,10 +123,14 @@ def attention(
     check_terms(q, k.shape[1], terms)
     if not q.is_meta and q.dtype != torch.float64 and torch.is_autocast_enabled(q.device.type):
         q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
-    if rope is not None:
-        check_rope(q, k, rope)
-        q, k = (reference.rotated(tensor, *rope).to(v.dtype) for tensor in (q, k))
     chosen = backend.resolve(impl, q.device, q.dtype)
+    if rope is not None:
+        cos, sin = rope_rows(q, k, rope)
+        if rope_on_load and chosen == "triton":
+            check_on_load(q.shape[3], cos)
+            terms = terms._replace(cos=cos, sin=sin)
+        else:
+            q, k = apply_rope(q, k, cos, sin, impl=chosen)
     threshold = threshold_of(dropout_p)
     settings = Settings(
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
@@ -133,14 +144,28 @@ def attention(
     )
     autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
     with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        if chosen == "reference" or traced(q) or transformed():
+        if chosen == "reference" or transformed():
             return _composed(q, k, v, terms, settings, seed)
+        if traced(q):
+            return _as_operator(q, k, v, terms, settings, seed, chosen)
         if threshold and seed is None:
             settings = Settings(**{**vars(settings), "seed": draw_seed()})
         wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *terms))
         if not wants_gradient and q.numel() and k.numel():  # a Function costs as much as a token's decoding
             return _passes(chosen).forward(q, k, v, terms, settings)[0]
         return Attention.apply(q, k, v, *terms, settings, chosen)
+
+
+def _as_operator(q, k, v, terms: Terms, settings: Settings, seed: int | None, impl: str) -> torch.Tensor:
+    """fastpeft::attention, for who traces; the seed is drawn where the graph runs."""
+    from fastpeft.ops import attention_custom, custom
+
+    number = None
+    if settings.threshold:
+        number = custom.draw_seed() if seed is None else torch.tensor(seed)
+    numbers = (settings.scale, settings.left, settings.right, settings.softcap)
+    of_table = (settings.bidirectional, settings.max_distance)
+    return attention_custom.attention(q, k, v, *terms, number, *numbers, *of_table, settings.threshold, impl)[0]
 
 
 def _composed(q, k, v, terms: Terms, settings: Settings, seed: int | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpeft import backend
+from fastpeft.ops import attention_bf16
 
 WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the forward pass
 
@@ -18,6 +19,10 @@ def _as_it_is(q, k, v) -> bool:
     """Is the kernel to get the dtype that the caller has?"""
     if q.dtype in (torch.float32, torch.float64):
         return True
+    if torch.compiler.is_compiling():
+        return False  # the operator finds out where the graph runs
+    if q.dtype == torch.bfloat16 and attention_bf16.worth(q, k):
+        return False
     if q.dtype == torch.bfloat16 and backend.cpu_multiplies_bfloat16():
         return True
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -26,7 +31,7 @@ def _as_it_is(q, k, v) -> bool:
 
 
 def covers(q, k, v, scale, causal, bias, key_padding_mask) -> bool:
-    """On the CPU, not to be widened, sizes that fit, causal over a square only, and at most one mask, without a gradient."""
+    """On the CPU, not to be widened, sizes that fit, causal over a square or one query, at most one mask, without a gradient."""
     if not q.device.type == k.device.type == v.device.type == "cpu" or not q.dtype == k.dtype == v.dtype:
         return False
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or not _as_it_is(q, k, v):
@@ -34,6 +39,7 @@ def covers(q, k, v, scale, causal, bias, key_padding_mask) -> bool:
     (batch, sq, heads, d), (kv_batch, sk, kv_heads, kv_d) = q.shape, k.shape
     if kv_batch != batch or kv_d != d or not kv_heads or heads % kv_heads or not q.numel() or not k.numel():
         return False
+    causal = causal and sq > 1  # one query, beside the last key, sees all of them
     if (causal and sq != sk) or not (scale is None or 0 < scale < math.inf) or torch.is_autocast_enabled("cpu"):
         return False
     if bias is None and key_padding_mask is None:
@@ -55,7 +61,7 @@ def by_sdpa(q, k, v, scale, causal, bias, key_padding_mask) -> torch.Tensor:
         k.transpose(1, 2),
         v.transpose(1, 2),
         mask,
-        is_causal=causal,
+        is_causal=causal and q.shape[1] > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -16,6 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastpeft.reference.attention import RelativeBias
 
+PASSES = {"torch": "fastpeft.ops.attention_torch", "triton": "fastpeft.ops.attention_triton"}
+
 
 class Terms(NamedTuple):
     """The tensors of a call beside q, k and v; None where it has none. Shapes: attention.py; table is relative_bias.table."""
@@ -27,6 +29,10 @@ class Terms(NamedTuple):
     key_padding_mask: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+    cos: torch.Tensor | None = (
+        None  # [B or 1, S, D / 2]: q and k are rotated by the passes, on the way in; kernels only
+    )
+    sin: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,14 +194,27 @@ def check_numbers(scale: float | None, softcap: float | None, dropout_p: float) 
         raise ValueError(f"attention: expected 0 <= dropout_p < 1, got {dropout_p}")
 
 
-def check_rope(q, k, rope) -> None:
-    """Rotary tables fit self-attention over q and k, or ValueError."""
-    cos, sin = rope
-    expected = (q.shape[1], q.shape[3])
-    if q.shape[1] != k.shape[1] or q.shape[3] % 2 or tuple(cos.shape) != expected or cos.shape != sin.shape:
+def rope_rows(q, k, rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [B or 1, S, R / 2], a row per token of q [B, S, H, D] and k, or ValueError."""
+    (batch, tokens, _, d), (cos, sin) = q.shape, rope
+    columns = cos.shape[-1] if cos.dim() else 0
+    half = d // 2 if columns == d else columns
+    leading = tuple(cos.shape[:-1])
+    fits = leading in ((tokens,), (1, tokens), (batch, tokens)) and 0 < half <= d // 2 and d % 2 == 0
+    if tokens != k.shape[1] or not fits or cos.shape != sin.shape:
         raise ValueError(
-            f"attention: expected rope (cos, sin) [S={q.shape[1]}, D={q.shape[3]}], D even, for as many keys as queries, got "
-            f"{tuple(cos.shape)}, {tuple(sin.shape)} and {k.shape[1]} keys; rotate q and k beforehand"
+            f"attention: expected rope (cos, sin) [S={tokens}, R/2 or D={d}] or [B={batch} or 1, S, ...], D even, for as many "
+            f"keys as queries, got {tuple(cos.shape)}, {tuple(sin.shape)} and {k.shape[1]} keys; rotate q and k beforehand"
+        )
+    return tuple(table.reshape(-1, tokens, columns)[..., :half] for table in (cos, sin))
+
+
+def check_on_load(d: int, cos: torch.Tensor) -> None:
+    """Tiles of this head dim can be rotated when they are loaded, or NotImplementedError."""
+    if d < 16 or d & (d - 1) or 2 * cos.shape[-1] != d:
+        raise NotImplementedError(
+            f"attention: expected a head dim D that is a power of two from 16 on, rotated as a whole, for rope_on_load, got "
+            f"D={d} and R={2 * cos.shape[-1]}; leave rope_on_load=False"
         )
 
 

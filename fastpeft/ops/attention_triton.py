@@ -51,7 +51,7 @@ def _columns_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _call(q: torch.Tensor, sk: int, terms: Terms, settings: Settings):
-    from fastpeft.kernels.attention_call import AttentionCall, aligned_bias, packed_intervals
+    from fastpeft.kernels.attention_call import AttentionCall, aligned_bias, packed_intervals, valid_keys
 
     batch, sq, heads, _ = q.shape
     left, right = settings.left, settings.right
@@ -60,6 +60,9 @@ def _call(q: torch.Tensor, sk: int, terms: Terms, settings: Settings):
     rows = keys = None
     if terms.cu_seqlens_q is not None:
         rows, keys = packed_intervals(terms.cu_seqlens_q, terms.cu_seqlens_k, sq, sk, left, right)
+    cos, sin = terms.cos, terms.sin
+    if cos is not None and (cos.stride() != sin.stride() or cos.stride(2) != 1):
+        cos, sin = cos.contiguous(), sin.contiguous()
     bias, slopes, mask = terms.bias, terms.alibi_slopes, terms.key_padding_mask
     return AttentionCall(
         scale=settings.scale,
@@ -71,6 +74,9 @@ def _call(q: torch.Tensor, sk: int, terms: Terms, settings: Settings):
         sinks=terms.sinks,
         slopes=None if slopes is None else slopes.float().expand(batch, heads).contiguous(),
         padding=None if mask is None else mask.contiguous().view(torch.int8),
+        valid=None if mask is None else valid_keys(mask),
+        cos=cos,
+        sin=sin,
         rows=rows,
         keys=keys,
         seed=settings.seed,

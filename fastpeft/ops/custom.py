@@ -54,13 +54,19 @@ def unflatten(tensors: Sequence[torch.Tensor], described: str) -> FrozenWeight:
 
 
 @custom_op("fastpeft::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed() -> torch.Tensor:
+def draw_seed_on(device_of: torch.Tensor) -> torch.Tensor:
+    """device_of: any tensor on the CPU, which tells a compiled checkpoint whose generator it has to set back."""
     return torch.tensor(dropout.draw_seed())
 
 
-@draw_seed.register_fake
-def _() -> torch.Tensor:
+@draw_seed_on.register_fake
+def _(device_of):
     return torch.empty((), dtype=torch.int64)
+
+
+def draw_seed() -> torch.Tensor:
+    """A new seed, as a tensor on the CPU."""
+    return draw_seed_on(torch.empty(0, device="cpu"))
 
 
 @custom_op("fastpeft::keep_mask", mutates_args=())

@@ -71,7 +71,8 @@ def apply_rope(
              cos, sin: tables [P, R/2], or a row per token [B or 1, S, R/2]
     Row:     token (b, s) takes row positions[b, s] (integers, [B or 1, S]) of a table, else row s + offset (decoding)
     Pairs:   (x[i], x[i + R/2]) as in Llama and GPT-NeoX; interleaved: (x[2 i], x[2 i + 1]) as in GPT-J
-    Dtypes:  q and k alike, float32, float16, bfloat16 (`torch` and `reference` also float64); rounded once
+    Dtypes:  q and k alike, float32, float16, bfloat16 (`torch` and `reference` also float64); rounded once, by `torch` twice
+             where tables in half precision are handed over
     Grads:   q, k; never cos or sin
     Raises:  ValueError where shapes, dtypes or devices disagree or a row lies past the table. A position outside the table
              raises IndexError in `torch` and gives NaN in `triton`, which does not read it back to look
@@ -89,8 +90,10 @@ def apply_rope(
         from fastpeft.ops.rope_custom import rope_rotate
 
         out = rope_rotate(xs, cos, sin, positions, offset, interleaved, False, chosen)
-    else:
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in xs):
         out = _Rope.apply(cos, sin, positions, offset, interleaved, False, chosen, *xs)
+    else:
+        out = PASSES[chosen].rotate(xs, cos, sin, positions, offset, interleaved, False)
     return out[0], None if k is None else out[1]
 
 

@@ -1,6 +1,8 @@
 """Rotary position embedding by library calls: what a CPU runs, and any device on request. Equations: rope.py.
 
-Products go straight into the halves of the result: no rotated copy of x, no concatenation.
+Products go straight into the result: no rotated copy of x, no concatenation. Tables in x's own dtype, as transformers makes
+them, take no conversion either; half precision is then rounded after each of the two products. With tables in float32 it is
+widened by pieces and rounded once.
 """
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from fastpeft.reference.rope import rows_of
 
 _CHUNK = 2**17  # elements of 16 bits that are converted to float32 at once: what a core's cache holds
+_UNCONVERTED = 2**18  # elements at once where nothing is converted
 
 
 def rotate(xs, cos, sin, positions, offset, interleaved, inverse):
@@ -19,22 +22,44 @@ def rotate(xs, cos, sin, positions, offset, interleaved, inverse):
 
 def _rotate(x, cos, sin, interleaved, inverse):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    half = cos.shape[-1]
-    y[..., 2 * half :] = x[..., 2 * half :]
-    if x.dtype.itemsize >= 4:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        _turn(_pair(x, half, interleaved), _pair(y, half, interleaved), cos, sin, inverse)
+    columns = 2 * cos.shape[-1]
+    if columns < x.shape[-1]:
+        y[..., columns:] = x[..., columns:]
+    as_they_are = x.dtype.itemsize >= 4 or cos.dtype == x.dtype
+    dtype, chunk, turn = (x.dtype, _UNCONVERTED, _turn_rows) if as_they_are else (torch.float32, _CHUNK, _turn_widened)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    row = x[:, :1].numel()
+    if x.device.type != "cpu" or x.numel() <= chunk:
+        turn(x, y, cos, sin, interleaved, inverse)
         return y
-    cos, sin = cos.float(), sin.float()
-    step = max(1, _CHUNK // max(1, x[:, :1].numel())) if x.device.type == "cpu" else max(1, x.shape[1])
+    step = max(1, chunk // row)
     for first in range(0, x.shape[1], step):
         part = slice(first, first + step)
-        wide = x[:, part, :, : 2 * half].float()
-        turned = torch.empty_like(wide)
-        halves = _pair(wide, half, interleaved), _pair(turned, half, interleaved)
-        _turn(*halves, cos[:, part], sin[:, part], inverse)
-        y[:, part, :, : 2 * half] = turned
+        turn(x[:, part], y[:, part], cos[:, part], sin[:, part], interleaved, inverse)
     return y
+
+
+def _turn_rows(x, y, cos, sin, interleaved, inverse):
+    """Every column times its cosine at once, then the other half's sines on top."""
+    half = cos.shape[-1]
+    twice = cos.repeat_interleave(2, dim=-1) if interleaved else torch.cat([cos, cos], dim=-1)
+    if 2 * half == x.shape[-1]:
+        torch.mul(x, twice, out=y)
+    else:
+        torch.mul(x[..., : 2 * half], twice, out=y[..., : 2 * half])
+    (x1, x2), (y1, y2) = _pair(x, half, interleaved), _pair(y, half, interleaved)
+    sign = -1 if inverse else 1
+    y1.addcmul_(x2, sin, value=-sign)
+    y2.addcmul_(x1, sin, value=sign)
+
+
+def _turn_widened(x, y, cos, sin, interleaved, inverse):
+    """The same in float32, rounded once."""
+    columns = 2 * cos.shape[-1]
+    wide = x[..., :columns].float()
+    turned = torch.empty_like(wide)
+    _turn_rows(wide, turned, cos, sin, interleaved, inverse)
+    y[..., :columns] = turned
 
 
 def _pair(x, half, interleaved):
@@ -43,10 +68,3 @@ def _pair(x, half, interleaved):
         if interleaved
         else (x[..., :half], x[..., half : 2 * half])
     )
-
-
-def _turn(source, target, cos, sin, inverse):
-    (x1, x2), (y1, y2) = source, target
-    sign = -1 if inverse else 1
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)

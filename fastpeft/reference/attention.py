@@ -155,9 +155,3 @@ def attention(
         p = p * keep / (1.0 - dropout_p)
     v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
     return torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), v)
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, S, H, D] turned by half-split rotary tables cos and sin [S, D]: x cos + (-x_2, x_1) sin."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-x2, x1], dim=-1) * sin[:, None]

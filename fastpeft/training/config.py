@@ -12,6 +12,7 @@ from fastpeft.training.text_format import TextFormat
 
 DEFAULT_MAX_LENGTH = 512
 Quantization = Literal["none", "nf4", "fp4", "int8"]
+Memory = Literal["speed", "balanced", "memory"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 METRICS = {
@@ -159,6 +160,15 @@ class TrainConfig(DataConfig):
     """Hold the scales of 4-bit weights in 8 bits: 4.13 bits a weight instead of 4.5."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again."""
+    accelerate: bool = True
+    """Train with the model's parts replaced by faster ones of the same results (fastpeft.accelerate)."""
+    memory: Memory = "balanced"
+    """What accelerate keeps for the backward pass: all of it, or elementwise results computed again, or also products, with
+    gradient checkpointing."""
+    offload: bool = False
+    """On a GPU, hold what is kept for the backward pass in CPU memory."""
+    cpu_fast_matmul: bool = True
+    """On a CPU, send float32 products to oneDNN where they stay float32 there."""
     use_cpu: bool = False
     """Stay on the CPU even if there is a GPU."""
 
@@ -216,6 +226,8 @@ class TrainConfig(DataConfig):
             f"False with {self.peft.peft_type}, whose trained keys stand in the cache that it switches off",
             self.gradient_checkpointing,
         )
+        _check(self.memory in get_args(Memory), "memory", f"one of {get_args(Memory)}", self.memory)
+        _check(self.accelerate or not self.offload, "offload", "False without accelerate", self.offload)
         _check(not (self.overwrite and self.resume), "overwrite, resume", "at most one of them", "both")
 
     def best_metric(self, task: str) -> str:

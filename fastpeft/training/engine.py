@@ -1,9 +1,11 @@
 """One training run: data, baseline, training, evaluation, adapter, record, report."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import transformers
 from torch.utils.data import DataLoader
 
 from fastpeft.checkpoint import TENSORS_NAME
+from fastpeft.integrations.acceleration import accelerate, restore
 from fastpeft.integrations.transformers import (
     align_padding,
     load_config,
@@ -23,6 +26,7 @@ from fastpeft.integrations.transformers import (
 )
 from fastpeft.model import PeftModel, get_peft_model
 from fastpeft.model.eva import initialize_lora_eva_weights
+from fastpeft.ops.fast_matmul import fast_float32_matmul, float32_path
 from fastpeft.training.base_model import describe_base, load_base, quantize_in_place
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.evaluate import Evaluator
@@ -36,7 +40,6 @@ from fastpeft.training.metrics import (
     roc_curve,
     token_scores,
 )
-from fastpeft.training.precision import fast_float32_matmul
 from fastpeft.training.prepare import RawData, held_out_split, read_training_data, sorted_by_length
 from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
 from fastpeft.training.report import write_report
@@ -99,7 +102,7 @@ def run_training(
         config = dataclasses.replace(config, learning_rate=rate)
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
     run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
-    with fast_float32_matmul(run.device):
+    with fast_float32_matmul(run.device) if config.cpu_fast_matmul else contextlib.nullcontext():
         return run.execute(checkpoint, clock), wrapped, tokenizer
 
 
@@ -129,12 +132,18 @@ class _Run:
         if self.held_out and raw.task != CLASSIFICATION:
             self.prompts = prompts_and_responses(splits[self.held_out].rows, raw.columns, config.examples)
         self.arguments = self._arguments()
+        self.acceleration: dict[str, Any] = {}
+        if self.device.type == "cpu":
+            path = float32_path(self.device)
+            how = f"oneDNN, {path.why}" if path.allowed else f"PyTorch's own, {path.why}"
+            self.acceleration["float32_products"] = how if config.cpu_fast_matmul else "PyTorch's own, as asked for"
 
     def execute(self, checkpoint: Path | None, clock: Stopwatch) -> RunRecord:
         start_peak_memory(self.device)
         before = self._score("baseline") if self.config.baseline else None
         trainer = self._trainer()
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with self._accelerated():
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = self._score("evaluate")
         self.model.save_pretrained(self.folder)
         self.info.save(self.folder)
@@ -145,6 +154,25 @@ class _Run:
         if self.config.report:
             write_report(record, self.folder / REPORT_FILE)
         return record
+
+    @contextlib.contextmanager
+    def _accelerated(self) -> Iterator[None]:
+        """The model is accelerated while it trains, and what it was before and after: all scores are of the model itself."""
+        config = self.config
+        if not config.accelerate or not isinstance(self.model.get_base_model(), transformers.PreTrainedModel):
+            if self.acceleration:
+                print(f"float32 products: {self.acceleration['float32_products']}")
+            yield
+            return
+        acceleration = accelerate(self.model, memory=config.memory, offload=config.offload)
+        try:
+            with acceleration.fast_matmul() if config.cpu_fast_matmul else contextlib.nullcontext():
+                acceleration.report()
+                yield
+            summary = acceleration.summary().splitlines()  # again: it counts the calls that fell back
+            self.acceleration |= {"memory": config.memory, "offload": config.offload, "summary": summary}
+        finally:
+            restore(self.model)
 
     def _score(self, description: str) -> _Scores | None:
         """Metrics of the held-out rows and answers to the example prompts, or None without held-out rows."""
@@ -235,6 +263,7 @@ class _Run:
             trainable_parameters=trainable,
             total_parameters=total,
             base=self.base,
+            acceleration=self.acceleration,
             adapter=str(self.folder),
             adapter_bytes=(self.folder / TENSORS_NAME).stat().st_size,
             history=history,

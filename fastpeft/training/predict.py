@@ -17,12 +17,12 @@ from fastpeft.checkpoint import read_config, read_tensors
 from fastpeft.integrations.transformers import align_padding, load_tokenizer, longest_input
 from fastpeft.methods.config import HEAD_NAMES
 from fastpeft.model import PeftModel
+from fastpeft.ops.fast_matmul import fast_float32_matmul
 from fastpeft.training.base_model import load_base
 from fastpeft.training.config import DEFAULT_MAX_LENGTH, TASK_TYPES, BaseOptions
 from fastpeft.training.data import choose_columns, require_columns
 from fastpeft.training.evaluate import Evaluator
 from fastpeft.training.metrics import causal_lm_metrics, class_probabilities, classification_metrics
-from fastpeft.training.precision import fast_float32_matmul
 from fastpeft.training.record import CLASSIFICATION
 from fastpeft.training.run_folder import INFO_FILE, TrainingInfo
 from fastpeft.training.text_format import TextFormat

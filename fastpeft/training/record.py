@@ -22,6 +22,8 @@ class RunRecord:
     data         split name -> {"rows", "truncated_rows", "truncated_tokens", "empty_rows", ...}
     peft_config  the adapter's config as PEFT writes it; training the hyperparameters
     base         how the base model is held: {"quantization", "bytes", "blocksize", "double_quant"}; bytes in memory
+    acceleration {"float32_products": how they were taken}, and of an accelerated training {"memory", "offload", "summary": the
+                 lines of its report after the last step}
     baseline     metrics on the held-out set before training, {} if not asked for; metrics: the same after it
     history      what the Trainer logged, one dict a line: step, epoch, loss, learning_rate, grad_norm or eval_*
     confusion    rows: true label, columns: predicted label, in the order of `labels`
@@ -38,6 +40,7 @@ class RunRecord:
     trainable_parameters: int = 0
     total_parameters: int = 0
     base: dict[str, Any] = field(default_factory=dict)
+    acceleration: dict[str, Any] = field(default_factory=dict)
     adapter: str = ""
     adapter_bytes: int = 0
     baseline: dict[str, float] = field(default_factory=dict)

@@ -308,13 +308,16 @@ def _settings(record: RunRecord) -> str:
     chosen.pop("num_train_epochs" if chosen.get("max_steps", -1) > 0 else "max_steps", None)
     training = {name: chosen[key] for key, name in _OPTIONS.items() if _says_something(chosen.get(key))}
     machine = {key: value for key, value in record.environment.items() if key != "versions"}
+    machine |= {key: value for key, value in record.acceleration.items() if key == "float32_products" and value}
     versions = record.environment.get("versions", {})
     left = (
         _card("Adapter", _pairs(adapter))
         + _card("Data", _data_table(record.data))
         + _card("Versions", _pairs(versions))
     )
+    replaced = "\n".join(record.acceleration.get("summary", ()))
     right = _card("Training", _pairs(training)) + _card("Machine", _pairs(machine))
+    right += _card("Acceleration", replaced and f"<pre>{escape(replaced)}</pre>")
     return f'<div class="grid"><div class="stack">{left}</div><div class="stack">{right}</div></div>'
 
 

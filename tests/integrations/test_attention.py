@@ -294,3 +294,19 @@ def test_causal_and_sliding_masks_are_not_made(function):
 def test_every_other_mask_is_made_in_full(options):
     mask = attention_mask(**SIZES | options)
     assert mask.shape == (2, 1, 6, options.get("kv_length", 6))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+def test_a_padded_step_runs_on_fake_tensors(name):
+    """No mask or position is read: a planner runs whole models without their values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model_class, config_class, options = MODELS[name]
+    with FakeTensorMode():
+        model = model_class(config_class(**options, attn_implementation=NAME))
+        ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
+        positions = torch.ones(ROWS, TOKENS, dtype=torch.long)
+        for extra in ({"attention_mask": torch.ones(ROWS, TOKENS, dtype=torch.long)}, {"position_ids": positions}):
+            logits = model(input_ids=ids, **extra).logits
+            logits.sum().backward()
+            assert logits.shape == (ROWS, TOKENS, VOCABULARY)

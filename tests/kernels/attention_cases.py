@@ -8,6 +8,7 @@ import torch
 from fastpeft.kernels.lora import lora_keep
 from fastpeft.ops.attention import RelativeBias, attention
 from fastpeft.reference import attention as reference
+from fastpeft.reference.rope import apply_rope
 from tests.tolerance import assert_bits_equal, assert_no_worse
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -37,6 +38,7 @@ class Case:
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     dropout_p: float = 0.0
     strided: bool = False
+    rope: int = 0  # batches of the tables: q and k are rotated by the kernels
 
 
 def draw(case: Case, device) -> tuple[dict, dict, torch.Tensor]:
@@ -72,6 +74,9 @@ def draw(case: Case, device) -> tuple[dict, dict, torch.Tensor]:
     if case.packed is not None:
         starts = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in case.packed)
         others["cu_seqlens_q"], others["cu_seqlens_k"] = starts
+    if case.rope:
+        angles = torch.rand(case.rope, sq, case.d // 2, generator=generator) * 6
+        others["rope"] = (angles.cos().to(device), angles.sin().to(device))
     return inputs, others, normal(batch, sq, heads, case.d)
 
 
@@ -90,6 +95,7 @@ def kernels_of(case: Case):
     """The public op on the kernels."""
 
     def function(*args, **options):
+        options["rope_on_load"] = "rope" in options
         return attention(*args, **options, dropout_p=case.dropout_p, seed=SEED, impl="triton")
 
     return function
@@ -107,10 +113,17 @@ def keep_of(case: Case, device) -> torch.Tensor | None:
 def exactly(case: Case, inputs: dict, others: dict, do: torch.Tensor, keep) -> dict:
     """What `run` gives, by the reference in float64."""
 
-    def function(*args, **options):
-        return reference.attention(*args, **options, dropout_p=case.dropout_p, keep=keep)
+    def function(q, k, v, rope=None, **options):
+        q, k = _rotated(q, k, rope)
+        return reference.attention(q, k, v, **options, dropout_p=case.dropout_p, keep=keep)
 
     return run(function, case, inputs, others, do, torch.float64)
+
+
+def _rotated(q, k, rope):
+    if rope is None:
+        return q, k
+    return tuple(apply_rope(x, *(table.to(x.dtype) for table in rope)) for x in (q, k))
 
 
 def composed(case: Case, inputs: dict, others: dict, do: torch.Tensor, keep) -> dict:
@@ -124,7 +137,8 @@ def composed(case: Case, inputs: dict, others: dict, do: torch.Tensor, keep) -> 
     terms = {"bias": leaves["bias"]} if "bias" in leaves else {}
     if "table" in leaves:
         terms["relative_bias"] = RelativeBias(leaves["table"], case.bidirectional, FAR)
-    s = reference.scores(q, k, **others, **terms)
+    others = dict(others)
+    s = reference.scores(*_rotated(q, k, others.pop("rope", None)), **others, **terms)
     with torch.no_grad():
         sink = (
             inputs["sinks"].to(s.dtype).view(1, -1, 1, 1)

@@ -37,6 +37,8 @@ NAMED = [
     Case(softcap=2.0, dtype=F32),
     Case(padding=True, dtype=BF16),
     Case(padding=True, sinks=True, causal=True),
+    Case(padding=True, sq=101, sk=101, window=(60, 5)),  # tiles of padding alone, of one batch all
+    Case(padding=True, sq=128, sk=128, bias=(True, True, True), causal=True, dtype=BF16),
     Case(bias=(True, True, True), causal=True, window=(9, None)),  # tiles that are skipped have a gradient of zero
     Case(bias=(True, False, True)),
     Case(bias=(False, True, True), dropout_p=0.25, dtype=BF16),
@@ -49,6 +51,11 @@ NAMED = [
     Case(packed=PACKED, batch=1, window=(4, 2), sinks=True, dtype=BF16),
     Case(packed=PACKED, batch=1, bidirectional=True, bias=(False, True, True)),
     Case(dropout_p=0.5, causal=True),
+    Case(rope=1, sq=45, causal=True),
+    Case(rope=2, sq=45, causal=True, heads=4, kv_heads=2, dtype=BF16, strided=True),
+    Case(rope=1, sq=128, sk=128, batch=1, d=32, dtype=BF16),  # even: no row is masked
+    Case(rope=1, sq=37, sk=37, batch=1, packed=((0, 10, 37), (0, 10, 37)), bias=(False, True, True)),
+    Case(rope=2, sq=45, padding=True, bias=(True, False, True), window=(20, 3), softcap=3.0),
 ]
 
 
@@ -167,7 +174,9 @@ def test_query_tiles_of_the_backward_divide_those_that_write_lse_and_delta():
         for d in (16, 64, 80, 128, 256):
             for dtype in (F32, BF16):
                 call = AttentionCall(1.0)
+                angles = torch.zeros(1, 1, d // 2)
                 tables = [call, dataclasses.replace(call, distances=torch.zeros(1, 9), seed=SEED)]
+                tables.append(dataclasses.replace(call, cos=angles, sin=angles))
                 for terms in tables:
                     fwd, dq, dkdv = (
                         choose_attention(kernel, Target(arch, 1), D=d, dtype=dtype, call=terms)

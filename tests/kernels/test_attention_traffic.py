@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpeft.kernels.attention_bwd import attention_bwd
-from fastpeft.kernels.attention_call import AttentionCall
+from fastpeft.kernels.attention_call import AttentionCall, valid_keys
 from fastpeft.kernels.attention_fwd import attention_fwd
 from fastpeft.kernels.attention_tiling import choose_attention
 from fastpeft.kernels.tiling import INTERPRETER
@@ -105,3 +105,56 @@ def test_nothing_of_the_scores_size_is_written(probe):
     linear = 4 * q.numel() * SIZE + 2 * lse.numel() * STATISTIC
     histograms = 2 * (sq // 32) * 32 * SIZE + 2 * 9 * SIZE  # of each head and query tile, and their sum
     assert written == linear + histograms
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("right", [None, 0])
+def test_tiles_of_padding_are_not_read(side, right, probe):
+    """128 keys in tiles of 32, of which the first 40, the last 70 or both are padding; of a second batch all are."""
+    mask = torch.ones(2, 128, dtype=torch.bool)
+    mask[0, :40] = side == "right"
+    mask[0, -70:] &= side == "left"
+    mask[1] = False
+    first, last = (1 if side != "right" else 0), (2 if side != "left" else 4)
+    q, k, v, do = (torch.randn(2, 128, 1, D) for _ in range(4))
+    call = AttentionCall(D**-0.5, right=right, padding=mask.view(torch.int8), valid=valid_keys(mask))
+    o, lse = attention_fwd(q, k, v, call, precision="ieee")
+    nothing = {"bias_shape": None, "with_distances": False, "with_sinks": False}
+    attention_bwd(do, q, k, v, o, lse, call, with_keys=True, precision="ieee", **nothing)
+    tiles = sum(max(0, min(last, 4 if right is None else tile + 1) - first) for tile in range(4))
+    tile_bytes = 32 * D * SIZE
+    for index in (0, 1):  # forward, dq
+        asked = probe.bytes_asked(index)
+        assert asked["k_ptr", "load"] == asked["v_ptr", "load"] == tiles * tile_bytes
+    asked = probe.bytes_asked(2)
+    assert asked["q_ptr", "load"] == asked["do_ptr", "load"] == tiles * tile_bytes
+
+
+def test_valid_keys_are_between_the_first_and_the_last():
+    mask = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]], dtype=torch.bool)
+    assert valid_keys(mask).tolist() == [[0, 3], [1, 2], [0, 0], [0, 3], [2, 3]]
+
+
+def test_rope_on_load_writes_no_rotated_copy(probe):
+    """The launches store what they store without it. q and k come with their partners and as many angles, dq and dk too."""
+    q, k, v, do = (torch.randn(1, 70, 2, D) for _ in range(4))
+    angles = torch.rand(1, 70, D // 2)
+    asked = []
+    for tables in ({}, {"cos": angles.cos(), "sin": angles.sin()}):
+        call = AttentionCall(D**-0.5, right=0, **tables)
+        o, lse = attention_fwd(q, k, v, call, precision="ieee")
+        nothing = {"bias_shape": None, "with_distances": False, "with_sinks": False}
+        attention_bwd(do, q, k, v, o, lse, call, with_keys=True, precision="ieee", **nothing)
+        asked.append([probe.bytes_asked(index) for index in range(len(probe.launches) - 3, len(probe.launches))])
+    turned_back = (
+        0,
+        q.numel() * SIZE // 2,
+        k.numel() * SIZE // 2,
+    )  # of o none, of dq and dk half as many angles as columns
+    for plain, turned, back in zip(*asked, turned_back, strict=True):
+        tables = {name: turned.pop((f"{name}_ptr", "load")) for name in ("cos", "sin")}
+        loaded = plain["q_ptr", "load"] + plain["k_ptr", "load"]
+        assert tables == {"cos": loaded + back, "sin": loaded + back}
+        for name in ("q", "k"):
+            turned[f"{name}_ptr", "load"] //= 2
+        assert turned == plain

@@ -14,8 +14,9 @@ NAME = "gain_of_contributing"
 
 
 def source() -> str:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return block
+    blocks = re.findall(r"^```python\n(.*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (method,) = (block for block in blocks if "GainConfig" in block)
+    return method
 
 
 @contextlib.contextmanager

@@ -64,7 +64,9 @@ REFUSED = [
     ({"softcap": 0.0}, ValueError, "softcap > 0, got 0.0"),
     ({"scale": float("nan")}, ValueError, "scale > 0, got nan"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p < 1, got 1.0"),
-    ({"rope": (torch.zeros(6, 4), torch.zeros(6, 4))}, ValueError, r"\[S=6, D=8\]"),
+    ({"rope": (torch.zeros(5, 4), torch.zeros(5, 4))}, ValueError, r"\[S=6, R/2 or D=8\].*got \(5, 4\)"),
+    ({"rope": (torch.zeros(6, 5), torch.zeros(6, 5))}, ValueError, r"got \(6, 5\)"),
+    ({"rope": (torch.zeros(3, 6, 4), torch.zeros(3, 6, 4))}, ValueError, r"\[B=2 or 1, S, ...\].*got \(3, 6, 4\)"),
     ({"cu_seqlens_q": torch.tensor([0, 6], dtype=torch.int32)}, ValueError, "together"),
 ]
 

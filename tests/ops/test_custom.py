@@ -80,7 +80,7 @@ def test_opcheck_of_backward_and_seed():
     )
     for needs in ([True] * 4, [False] * 4, [True, False, True, False]):
         torch.library.opcheck(custom.lora_linear_backward, (*arguments, needs))
-    torch.library.opcheck(custom.draw_seed, (), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(custom.draw_seed_on, (torch.empty(0),), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("base", BASES)

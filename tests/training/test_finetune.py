@@ -115,7 +115,7 @@ def test_options_go_where_they_belong():
     ("method", "options", "error", "said"),
     [
         ("lora", {"lerning_rate": 1}, ValueError, r"lerning_rate -> \['learning_rate'"),
-        ("lora", {"rank": 1}, ValueError, r"\['rank'\]; there are \['alpha_pattern'"),
+        ("lora", {"rank": 1}, ValueError, r"\['rank'\]; there are \['accelerate'"),
         ("lroa", {}, ValueError, r"lroa -> \['lora'"),
         ("lora", {"peft": 1}, ValueError, "got \\['peft'\\]"),
         ("lora", {"r": 0}, ValueError, "r=0"),

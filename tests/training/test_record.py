@@ -1,15 +1,13 @@
-"""The record of a run, its folder, and the matmul setting around it."""
+"""The record of a run, and its folder."""
 
 import json
 import math
 
 import numpy as np
 import pytest
-import torch
 
 from fastpeft.training import RunRecord
 from fastpeft.training.data import Columns
-from fastpeft.training.precision import FLOAT32_ERROR, fast_float32_matmul
 from fastpeft.training.run_folder import TrainingInfo, check_output_folder
 from fastpeft.training.text_format import TextFormat
 
@@ -65,17 +63,3 @@ def test_an_output_folder_is_checked_without_making_it(tmp_path):
     assert check_output_folder(tmp_path, overwrite=True) == check_output_folder(tmp_path, resume=True) == tmp_path
     with pytest.raises(NotADirectoryError, match="is a file"):
         check_output_folder(tmp_path / "adapter_config.json" / "below")
-
-
-def test_the_fast_float32_product_is_float32_and_leaves_no_setting_behind():
-    before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
-    x, w = torch.randn(64, 512), torch.randn(512, 64)
-    exact = x.double() @ w.double()
-    torch.set_rng_state(state)
-    with fast_float32_matmul(torch.device("cpu")) as on:
-        assert torch.get_float32_matmul_precision() == ("medium" if on else before)
-        assert ((x @ w - exact).norm() / exact.norm()).item() < FLOAT32_ERROR
-    assert torch.get_float32_matmul_precision() == before
-    assert torch.equal(torch.get_rng_state(), state)
-    with fast_float32_matmul(torch.device("cuda")) as on:
-        assert not on

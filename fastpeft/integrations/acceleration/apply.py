@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastpeft.integrations.acceleration.attention import replace_attention
+from fastpeft.integrations.acceleration.checkpointing import checkpoint_layers
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
 from fastpeft.integrations.acceleration.loss import replace_loss
 from fastpeft.integrations.acceleration.mlp import replace_mlp
 from fastpeft.integrations.acceleration.norm import replace_norms
+from fastpeft.integrations.acceleration.offload import offload_activations
+from fastpeft.integrations.acceleration.rope import replace_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +41,8 @@ class Walk:
 
 
 PARTS: dict[str, Callable[[Walk], None]] = {
+    "attention": replace_attention,
+    "rope": replace_rope,
     "norm": replace_norms,
     "mlp": replace_mlp,
     "loss": replace_loss,
@@ -45,12 +51,21 @@ PARTS: dict[str, Callable[[Walk], None]] = {
 
 
 def accelerate(
-    model: nn.Module, *, parts: Collection[str] | None = None, memory: str = "balanced", impl: str = "auto"
+    model: nn.Module,
+    *,
+    parts: Collection[str] | None = None,
+    memory: str = "balanced",
+    offload: bool = False,
+    impl: str = "auto",
 ) -> Acceleration:
     """Make the training step of a transformers model fast and small in place, without changing what it computes.
 
     model: bare, or wrapped by PEFT (get_peft_model, TRL, model.add_adapter) or by fastpeft
-    parts: names of PARTS; None for all. Returns the ledger: its report() prints what was replaced, what was not, and why.
+    parts: names of PARTS; None for all
+    memory: "speed" keeps what backward needs, "balanced" computes elementwise results again; "memory" also products, and turns
+    gradient checkpointing of the layers on where the model has it
+    offload: hold what is kept for backward in CPU memory, where the model is on a GPU
+    Returns the ledger: its report() prints what was replaced, what was not, and why.
     A model that is accelerated already is restored first, so that a call after new adapters finds them too.
     Raises:  TypeError for a model that holds no transformers model; ValueError for an unknown part or memory policy
     """
@@ -76,6 +91,10 @@ def accelerate(
         for name, apply in PARTS.items():
             if name in chosen:
                 apply(walk)
+        if memory == "memory":
+            checkpoint_layers(ledger, core)
+        if offload:
+            offload_activations(ledger, core)
         undo.pop_all()  # nothing failed
     return ledger
 

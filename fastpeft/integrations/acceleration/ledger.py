@@ -4,12 +4,16 @@ A replaced module's class becomes a subclass of (replacement, its own class) of 
 what is asked of it in a call, it runs the module's own forward and says why to its `Slot`.
 """
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import nn
+
+from fastpeft.ops.fast_matmul import fast_float32_matmul, float32_path
 
 SLOT = "_fastpeft_slot"
 LEDGER = "_fastpeft_acceleration"
@@ -88,6 +92,7 @@ class Acceleration:
         self.slots: list[Slot] = []
         self.kept: list[Kept] = []
         self.notes: list[str] = []
+        self._float32_products = ""
         self._undo: list[Callable[[], None]] = []
 
     # -- for the parts ------------------------------------------------------------------------------------------------
@@ -131,6 +136,26 @@ class Acceleration:
 
     # -- for users ----------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def fast_matmul(self) -> Iterator[bool]:
+        """Send float32 products on a CPU to oneDNN while inside, where they stay float32; yields whether they go there.
+
+        Around training steps, or around a trainer's train(). PyTorch has one such setting for all code, so it is never left on.
+        """
+        device = self._device()
+        path = float32_path(device)
+        self._float32_products = (
+            f"oneDNN inside fast_matmul(), {path.why}" if path.allowed else f"PyTorch's own, {path.why}"
+        )
+        with fast_float32_matmul(device) as on:
+            yield on
+
+    def float32_products(self) -> str:
+        """How this model's float32 products were taken; "" on a GPU, which this does not concern."""
+        if self._device().type != "cpu":
+            return ""
+        return self._float32_products or "PyTorch's own; fast_matmul() was not entered"
+
     @property
     def fallbacks(self) -> Counter[tuple[str, str]]:
         """How often replaced modules ran their own forward, by (part, reason), since the model was accelerated."""
@@ -155,10 +180,13 @@ class Acceleration:
                 for (of, its, why), count in sorted(kept.items())
                 if (of, its) == (part, kind)
             ]
+        lines = lines or ["nothing in this model is replaced"]
         lines += self.notes
+        if self.float32_products():
+            lines.append(f"float32 products: {self.float32_products()}")
         for (part, why), count in sorted(self.fallbacks.items()):
             lines.append(f"{part:10} {count} calls ran the model's own code: {why}")
-        return "\n".join(lines) or "nothing in this model is replaced"
+        return "\n".join(lines)
 
     def report(self) -> None:
         """Print `summary()`."""
@@ -166,6 +194,9 @@ class Acceleration:
 
     def __reduce__(self):
         return _nothing, ()  # a copy of the model is not accelerated
+
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     def restore(self) -> None:
         """Give every module its own class back and undo what else was set; the last change first."""
