@@ -30,8 +30,8 @@ import torch
 from torch import nn
 
 import fastpeft
-from benchmarks.lora_linear import machine
-from benchmarks.training_step import Case, Trained, frozen, ratio, with_fastpeft, with_peft
+from benchmarks.machine import machine
+from benchmarks.step import Case, Trained, frozen, ratio, with_fastpeft, with_peft
 from fastpeft.ops.fast_matmul import fast_float32_matmul, float32_path
 
 SMOLLM2_135M = {

@@ -21,8 +21,8 @@ from torch import nn
 
 import fastpeft
 from benchmarks.accelerate import draw_adapters, smollm
-from benchmarks.lora_linear import machine
-from benchmarks.training_step import TARGETS, R
+from benchmarks.machine import machine
+from benchmarks.step import TARGETS, R
 from fastpeft.demo.assets import MINILM, SMOLLM, VADER, default_cache_dir, obtain, unpack
 from fastpeft.demo.movies import write_splits
 from fastpeft.demo.smollm import model_folder

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import transformers
 
 import fastpeft
-from benchmarks.lora_linear import machine
+from benchmarks.machine import machine
 from fastpeft.demo.assets import MINILM, VADER, default_cache_dir, obtain, unpack
 from fastpeft.demo.movies import LABELS, write_splits
 from fastpeft.ops.fast_matmul import fast_float32_matmul

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import accelerate, curves
 from benchmarks.accelerate import CASES, GOALS, PROVIDERS, goals, measure, record_of, table
-from benchmarks.training_step import Case
+from benchmarks.step import Case
 from tests import tiny_models
 from tests.tolerance import EQUAL_TO_THREE_DIGITS, GRADIENTS_THROUGH_A_MODEL, assert_close
 
