@@ -80,21 +80,24 @@ def frozen_weight(base_layer: nn.Module) -> FrozenWeight:
     if not is_quantized(base_layer):
         return weight.t() if is_conv1d(base_layer) else weight
     state = _state(base_layer)
-    known: _Reading | None = base_layer.__dict__.get(_READING)
+    known: _Reading | None = base_layer.__dict__.get(READING)
     if known is not None and known.is_of(weight, state):
         return known.weight
     read = _read_4bit(base_layer, state) if is_linear_4bit(base_layer) else _read_int8(base_layer, state)
-    setattr(base_layer, _READING, _Reading(read, state, _statistics(state), weight.data_ptr()))
+    setattr(base_layer, READING, _Reading(read, state, _statistics(state), weight.data_ptr()))
     return read
 
 
 class _Reading(NamedTuple):
-    """What frozen_weight made of a module, and what it was made of."""
+    """What frozen_weight made of a module, and what it was made of. A copy of the module reads its own."""
 
     weight: NF4Weight | Int8Weight
     state: Any
     statistics: torch.Tensor
     address: int
+
+    def __reduce__(self):
+        return type(None), ()
 
     def is_of(self, weight: nn.Parameter, state: Any) -> bool:
         if self.state is not state or self.statistics is not _statistics(state):
@@ -102,7 +105,7 @@ class _Reading(NamedTuple):
         return torch.compiler.is_compiling() or self.address == weight.data_ptr()  # torch.compile knows no addresses
 
 
-_READING = "_fastpeft_reading"
+READING = "_fastpeft_reading"
 """The attribute of a base module that holds what was read. A dictionary keyed by modules would do in eager mode; torch.compile
 guards on all of its keys."""
 

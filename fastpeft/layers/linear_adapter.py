@@ -34,14 +34,19 @@ def tensor_factory(base_layer: nn.Module, autocast_adapter_dtype: bool) -> dict:
     return {"device": weight.device, "dtype": dtype}
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """True if nobody has put a hook on a module or a forward on the instance."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
+
+
 def is_plain_linear(base: nn.Module) -> bool:
     """True if a linear base's forward is just its weight and bias: no subclass, hook, or instance override to honour."""
     own = type(base).forward
     own_forward = is_conv1d(base) or own is nn.Linear.forward
     if not own_forward and is_quantized(base):
         own_forward = own.__module__.startswith("bitsandbytes.") and not base.weight.is_floating_point()
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return own_forward and not hooked and "forward" not in base.__dict__ and not base.weight.requires_grad
+    return own_forward and is_untouched(base) and not base.weight.requires_grad
 
 
 def base_product(base: nn.Module, impl: str, *args, **kwargs) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastpeft.integrations.acceleration.families import FAMILIES, Family
 from fastpeft.integrations.acceleration.ledger import LEDGER, Acceleration
+from fastpeft.integrations.acceleration.peft_lora import replace_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ class Walk:
 
     model: what the user passed; core: the transformers model in it; family: its row; ledger: where to record
     memory: "speed" keeps what backward needs, "balanced" computes elementwise results again, "memory" also products
-    impl: implementation of the ops
+    impl, exact: implementation of the ops, and whether what adapters hold in a wider dtype is multiplied in it
     """
 
     model: nn.Module
@@ -31,18 +32,25 @@ class Walk:
     ledger: Acceleration
     memory: str
     impl: str
+    exact: bool
 
 
-PARTS: dict[str, Callable[[Walk], None]] = {}
+PARTS: dict[str, Callable[[Walk], None]] = {"lora": replace_lora}
 """Every part by name, in the order in which they are applied."""
 
 
 def accelerate(
-    model: nn.Module, *, parts: Collection[str] | None = None, memory: str = "balanced", impl: str = "auto"
+    model: nn.Module,
+    *,
+    parts: Collection[str] | None = None,
+    memory: str = "balanced",
+    impl: str = "auto",
+    exact: bool = False,
 ) -> Acceleration:
     """Make the training step of a transformers model fast and small in place, without changing what it computes.
 
     model: bare, or wrapped by PEFT (get_peft_model, TRL, model.add_adapter) or by fastpeft
+    exact: take low-rank products in the adapters' own float32 over a bfloat16 model; else they are rounded to bfloat16
     parts: names of PARTS; None for all. Returns the ledger: its report() prints what was replaced, what was not, and why.
     A model that is accelerated already is restored first, so that a call after new adapters finds them too.
     Raises:  TypeError for a model that holds no transformers model; ValueError for an unknown part or memory policy
@@ -60,9 +68,8 @@ def accelerate(
         raise ValueError(f"accelerate: expected memory in {MEMORY}, got {memory!r}")
     restore(model)
     ledger = Acceleration(model)
-    walk = Walk(
-        model, core, FAMILIES.get(core.config.model_type, Family(rotary=None, decoder=None)), ledger, memory, impl
-    )
+    family = FAMILIES.get(core.config.model_type, Family(rotary=None, decoder=None))
+    walk = Walk(model, core, family, ledger, memory, impl, exact)
     model.__dict__[LEDGER] = ledger
     with contextlib.ExitStack() as undo:
         undo.callback(ledger.restore)

@@ -7,7 +7,7 @@ what is asked of it in a call, it runs the module's own forward and says why to 
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -35,9 +35,11 @@ class Kept(NamedTuple):
 class Accelerated:
     """Mixin of every replacement: a subclass defines forward, which may call `self.fall_back(why, ...)`.
 
+    added: names of the attributes that the replacement keeps on the module; they leave with it.
     A copy or a pickle of a replaced module is one of its own class, as before the replacement.
     """
 
+    added: ClassVar[tuple[str, ...]] = ()
     _own_class: type[nn.Module]
 
     def forward(self, *args, **kwargs):
@@ -51,7 +53,8 @@ class Accelerated:
         return self._own_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        state = {name: value for name, value in self.__dict__.items() if name not in (SLOT, LEDGER)}
+        ours = (SLOT, LEDGER, *self.added)
+        state = {name: value for name, value in self.__dict__.items() if name not in ours}
         return _instance, (self._own_class,), state
 
 
@@ -89,8 +92,11 @@ class Acceleration:
 
     # -- for the parts ------------------------------------------------------------------------------------------------
 
-    def swap(self, path: str, module: nn.Module, replacement: type[Accelerated], part: str) -> bool:
-        """Let `module` run `replacement`'s forward. False, with the reason kept, where somebody else has replaced it."""
+    def swap(self, path: str, module: nn.Module, replacement: type[Accelerated], part: str, **settings: Any) -> bool:
+        """Let `module` run `replacement`'s forward, with `settings` as attributes, all of them named in `added`.
+
+        False, with the reason kept, where somebody else has replaced it.
+        """
         kind = own_class(module).__name__
         if isinstance(module, Accelerated):
             return False  # reached by two paths
@@ -100,12 +106,14 @@ class Acceleration:
         own = type(module)
         slot = Slot(path, part, kind)
         module.__class__ = _subclass(replacement, own)
+        module.__dict__.update(settings)
         module.__dict__[SLOT] = slot
         self.slots.append(slot)
 
         def undo():
             module.__class__ = own
-            module.__dict__.pop(SLOT, None)
+            for name in (SLOT, *replacement.added):
+                module.__dict__.pop(name, None)
 
         self._undo.append(undo)
         return True

@@ -1,0 +1,470 @@
+"""One LoRA layer of Hugging Face PEFT by our ops: its results, its fallbacks, and what it is when all is undone."""
+
+import copy
+import pickle
+import warnings
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from peft.tuners.lora import Linear4bit as PeftLinear4bit
+from peft.tuners.lora import layer as peft_layer
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.integrations.acceleration import peft_lora
+from fastpeft.integrations.acceleration.ledger import LEDGER, SLOT, Acceleration
+from fastpeft.integrations.acceleration.peft_lora import FastLora, replace_layer
+from fastpeft.layers import shared_input
+from fastpeft.ops import lora, lora_group
+from tests.saved_bytes import SavedBytes
+from tests.tolerance import (
+    MEAN_OF_DRAWS_SIGMAS,
+    OTHER_ORDER_OF_SUMS,
+    assert_bits_equal,
+    assert_close,
+    assert_no_worse,
+)
+
+N, K, R = 65, 97, 5
+BYTES_N, BYTES_K = 33, 128  # of quantised bases
+
+
+@pytest.fixture(autouse=True)
+def _as_functions(monkeypatch):
+    """The sizes here would all run as plain calls."""
+    monkeypatch.setattr(lora, "composed_is_faster", lambda *call: False)
+    monkeypatch.setattr(lora_group, "composed_is_faster", lambda *call: False)
+
+
+def base(kind: str, dtype: torch.dtype, bias: bool = True) -> nn.Module:
+    generator = torch.Generator().manual_seed(3)
+    n, k = (N, K) if kind in ("linear", "conv1d") else (BYTES_N, BYTES_K)
+    w, b = torch.randn(n, k, generator=generator) / k**0.5, torch.randn(n, generator=generator)
+    if kind == "conv1d":
+        made = Conv1D(n, k)
+        made.weight.data, made.bias.data = w.t().contiguous().to(dtype), b.to(dtype)
+        return made
+    if kind == "linear":
+        made = nn.Linear(k, n, bias=bias, dtype=dtype)
+        made.weight.data = w.to(dtype)
+    elif kind == "int8":
+        made = bitsandbytes.nn.Linear8bitLt(k, n, bias=bias, has_fp16_weights=False)
+        made.weight.data = w.to(dtype)
+    else:
+        made = bitsandbytes.nn.Linear4bit(k, n, bias=bias, quant_type="nf4", compute_dtype=dtype)
+        made.weight.data = w.to(dtype)
+    if bias:
+        made.bias = nn.Parameter(b.to(dtype))
+    return made.requires_grad_(False).to("cpu")
+
+
+def wrapped(module: nn.Module, adapters: int = 1, adapter_dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    """PEFT's layer over `module`, its adapters drawn from one seed and all active, in training mode."""
+    model = nn.ModuleDict({"target": module})
+    model.is_loaded_in_4bit = isinstance(module, bitsandbytes.nn.Linear4bit)
+    model.is_loaded_in_8bit = isinstance(module, bitsandbytes.nn.Linear8bitLt)
+    names = ["default", "other"][:adapters]
+    for name in names:
+        config = peft.LoraConfig(
+            **{"r": R, "lora_alpha": 7, "target_modules": ["target"], "fan_in_fan_out": isinstance(module, Conv1D)}
+            | options
+        )
+        peft.inject_adapter_in_model(config, model, adapter_name=name)
+    layer = model["target"]
+    layer.set_adapter(names)
+    generator = torch.Generator().manual_seed(4)
+    for path, parameter in layer.named_parameters():
+        if "lora_" in path:
+            values = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = (values.abs() + 0.5 if "magnitude" in path else values).to(adapter_dtype)
+    return layer.train()
+
+
+def accelerated(layer: nn.Module, **options) -> Acceleration:
+    ledger = Acceleration(layer)
+    assert replace_layer(ledger, "target", layer, **options)
+    return ledger
+
+
+def step(layer: nn.Module, dtype: torch.dtype, rows: tuple[int, ...] = (3, 11)) -> dict[str, torch.Tensor]:
+    """y and every gradient, for inputs from one seed."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(*rows, layer.in_features, generator=generator).to(dtype).requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    dy = torch.randn(y.shape, generator=generator)
+    y.backward(dy.to(y.dtype))
+    got = {"y": y.detach(), "dx": x.grad}
+    return got | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+
+def exact_layer(kind: str, dtype: torch.dtype, **options) -> nn.Module:
+    """PEFT's dense layer in float64 over the values that the base's bytes stand for."""
+    stored = base(kind, dtype)
+    if kind in ("linear", "conv1d"):
+        dense = stored.double()
+    else:
+        w = stored.weight
+        values = dequantize_4bit(w.data, w.quant_state) if kind == "nf4" else int8_vectorwise_dequant(w.data, w.SCB)
+        dense = nn.Linear(BYTES_K, BYTES_N)
+        dense.weight, dense.bias = nn.Parameter(values.double(), requires_grad=False), stored.bias
+        dense = dense.double().requires_grad_(False)
+    return wrapped(dense, adapter_dtype=options.pop("adapter_dtype", torch.float32), **options).double()
+
+
+OPTIONS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+    "two": {"adapters": 2},
+    "two_biases": {"adapters": 2, "lora_bias": True},
+}
+DTYPES = {
+    "float32": (torch.float32, torch.float32, False),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, False),
+    "float32_over_bfloat16": (torch.bfloat16, torch.float32, False),
+    "exact_over_bfloat16": (torch.bfloat16, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4", "int8"])
+def test_output_and_gradients_are_peft_s(kind, option, dtypes):
+    """Against PEFT's layer, with adapters in the dtype in which the products are taken."""
+    dtype, adapter_dtype, exact = DTYPES[dtypes]
+    if exact and option == "dora":
+        return  # test_falls_back
+    options = OPTIONS[option]
+    oracle = step(exact_layer(kind, dtype, adapter_dtype=adapter_dtype, **options), torch.float64)
+    eager_dtype = adapter_dtype if exact else dtype
+    eager = step(wrapped(base(kind, dtype), adapter_dtype=eager_dtype, **options), dtype)
+    layer = wrapped(base(kind, dtype), adapter_dtype=adapter_dtype, **options)
+    ledger = accelerated(layer, exact=exact)
+    got = step(layer, dtype)
+    assert not ledger.fallbacks
+    assert set(got) == set(eager)
+    for name, value in got.items():
+        assert_no_worse(name, value, oracle[name], eager[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4", "int8"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("option", ["lora", "dora", "two"])
+def test_under_autocast(kind, x_dtype, option):
+    """The result has PEFT's dtype, which is x's over 4 bits and the autocast dtype otherwise."""
+    layers = [wrapped(base(kind, torch.float32), **OPTIONS[option]) for _ in range(2)]
+    ledger = accelerated(layers[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, got = (step(layer, x_dtype) for layer in layers)
+    assert not ledger.fallbacks
+    oracle = step(exact_layer(kind, torch.float32, **OPTIONS[option]), torch.float64)
+    half = step(wrapped(base(kind, torch.bfloat16), adapter_dtype=torch.bfloat16, **OPTIONS[option]), torch.bfloat16)
+    for name, value in got.items():
+        assert value.dtype == eager[name].dtype, name
+        assert_no_worse(name, value, oracle[name], half[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("rows", [(1,), (), (0, 4)], ids=["one_row", "vector", "empty"])
+def test_other_shapes(rows):
+    layers = [wrapped(base("linear", torch.float32)) for _ in range(2)]
+    accelerated(layers[1])
+    eager, got = (step(layer, torch.float32, rows) for layer in layers)
+    for name, value in got.items():
+        assert_close(name, value, eager[name], OTHER_ORDER_OF_SUMS)
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["lora", "dora", "two"])
+def test_dropout_repeats_with_the_seed_and_is_unbiased(option):
+    draws, layer = 400, wrapped(base("linear", torch.float32), lora_dropout=0.4, **OPTIONS[option])
+    without = wrapped(base("linear", torch.float32), **OPTIONS[option])
+    ledger = accelerated(layer)
+    x = torch.randn(2, K)
+    ys = []
+    with torch.no_grad():
+        for seed in (1, 1, *range(2, draws)):
+            torch.manual_seed(seed)
+            ys.append(layer(x))
+        expected = without(x)
+    assert_bits_equal("same seed", ys[0], ys[1])
+    assert not torch.equal(ys[1], ys[2])
+    values = torch.stack(ys[1:])
+    sigma = values.std(0) / len(values) ** 0.5
+    assert ((values.mean(0) - expected).abs() <= MEAN_OF_DRAWS_SIGMAS * sigma).all()
+    assert not ledger.fallbacks
+    layer.eval()
+    assert_close("eval", layer(x), expected, OTHER_ORDER_OF_SUMS)
+
+
+def test_bytes_kept_for_backward():
+    """x as it came and S; PEFT keeps a float32 copy of x, and with dropout a dropped one and a mask."""
+    kept = {}
+    for name in ("peft", "ours"):
+        for p in (0.0, 0.1):
+            layer = wrapped(base("linear", torch.bfloat16), lora_dropout=p)
+            if name == "ours":
+                accelerated(layer)
+            x = torch.randn(64, K, dtype=torch.bfloat16, requires_grad=True)
+            with SavedBytes([*layer.parameters(), x]) as saved:
+                y = layer(x)
+                kept[name, p] = saved.total()
+            del y
+    assert kept["ours", 0.0] == kept["ours", 0.1] == 64 * R * 2
+    assert kept["peft", 0.0] >= 64 * K * 4
+
+
+# -- falling back -----------------------------------------------------------------------------------------------------
+
+
+def _hooked_base(layer):
+    layer.base_layer.register_forward_hook(lambda module, inputs, y: y + 1)
+
+
+def _hooked_adapter(layer):
+    layer.lora_A["default"].register_forward_hook(lambda module, inputs, y: y + 1)
+
+
+def _own_forward_of_the_base(layer):
+    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], N)
+
+
+def _training_base(layer):
+    layer.base_layer.weight.requires_grad_(True)
+
+
+def _other_linear(layer):
+    class Bounded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).clamp(-1, 1)
+
+    layer.lora_B["default"].__class__ = Bounded
+
+
+def _dropout_of_another_kind(layer):
+    layer.lora_dropout["default"] = nn.AlphaDropout(0.0)
+
+
+def _dropout_of_everything(layer):
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+
+
+def _unknown_variant(layer):
+    class Doubled(peft_layer.LoraVariant):
+        @staticmethod
+        def forward(module, active_adapter, x, result, **kwargs):
+            return result * 2
+
+    layer.lora_variant["default"] = Doubled()
+
+
+def _not_cast(layer):
+    layer.cast_input_dtype_enabled = False
+    layer.lora_A.to(torch.bfloat16)
+    layer.lora_B.to(torch.bfloat16)
+    layer.base_layer.register_forward_pre_hook(lambda module, inputs: None)  # never reached by what is refused first
+
+
+FALLBACKS = {
+    "disabled": ({}, lambda layer: layer.enable_adapters(False), "its adapters are disabled"),
+    "merged": ({}, lambda layer: layer.merge(), "its adapters are merged into the weight"),
+    "no_adapter": (
+        {},
+        lambda layer: setattr(layer, "_active_adapter", ["absent"]),
+        "no active adapter has tensors here",
+    ),
+    "hooked_base": ({}, _hooked_base, "its base layer trains, is hooked or has a forward of its own"),
+    "own_forward": ({}, _own_forward_of_the_base, "its base layer trains, is hooked or has a forward of its own"),
+    "training_base": ({}, _training_base, "its base layer trains, is hooked or has a forward of its own"),
+    "hooked_adapter": ({}, _hooked_adapter, "its adapter's own linears are hooked"),
+    "other_linear": ({}, _other_linear, "its adapter is made of Linear and Bounded"),
+    "dropout": ({}, _dropout_of_another_kind, "dropout by AlphaDropout"),
+    "dropout_1": ({}, _dropout_of_everything, "dropout of everything, or in another mode than its layer"),
+    "variant": ({}, _unknown_variant, "variant Doubled"),
+    "dora_beside": (
+        {"use_dora": True, "adapters": 2},
+        lambda layer: None,
+        "DoRA beside another active adapter: PEFT scales what that one adds too",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_falls_back(case):
+    """What we do not compute is PEFT's own, to the bit, and the reason is counted; afterwards ours runs again."""
+    options, change, why = FALLBACKS[case]
+    layers = [wrapped(base("linear", torch.float32), **options) for _ in range(2)]
+    ledger = accelerated(layers[1])
+    for layer in layers:
+        change(layer)
+    assert layers[1].shared_call(torch.randn(2, K)) is None
+    eager, got = (step(layer, torch.float32) if case not in ("disabled", "merged") else None for layer in layers)
+    if eager is None:
+        x = torch.randn(2, K)
+        eager, got = ({"y": layer(x)} for layer in layers)
+    for name, value in eager.items():
+        assert_bits_equal(name, got[name], value)
+    assert dict(ledger.fallbacks) == {("lora", why): 1}
+    assert f"1 calls ran the model's own code: {why}" in ledger.summary()
+
+
+def test_arguments_of_peft_fall_back():
+    layers = [wrapped(base("linear", torch.float32), adapters=2).eval() for _ in range(2)]
+    ledger = accelerated(layers[1])
+    x = torch.randn(3, K)
+    mixed = [layer(x, adapter_names=["default", "__base__", "other"]) for layer in layers]
+    assert_bits_equal("mixed", mixed[1], mixed[0])
+    layers[1](x, alora_offsets=[1, 2, None])
+    layers[1](x, adapter_names=None)  # the same as no argument
+    assert dict(ledger.fallbacks) == {
+        ("lora", "adapter_names: one batch with several adapters"): 1,
+        ("lora", "called with alora_offsets"): 1,
+    }
+
+
+def test_dtypes_that_peft_refuses_are_refused_by_peft():
+    layer = wrapped(base("linear", torch.float32), adapter_dtype=torch.bfloat16)
+    ledger = accelerated(layer)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, K, dtype=torch.bfloat16))
+    layer.cast_input_dtype_enabled = False
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, K))
+    assert dict(ledger.fallbacks) == {
+        ("lora", "x in torch.bfloat16 over a base in torch.float32"): 1,
+        ("lora", "cast_input_dtype_enabled is off"): 1,
+    }
+
+
+def test_exact_dora_and_int8_in_eval_mode_fall_back():
+    """dora_linear has no exact way, and bitsandbytes rounds x to int8 in eval mode: its bits stay."""
+    layer = wrapped(base("linear", torch.bfloat16), use_dora=True)
+    ledger = accelerated(layer, exact=True)
+    layer(torch.randn(2, K, dtype=torch.bfloat16))
+    assert dict(ledger.fallbacks) == {("lora", "exact=True: dora_linear rounds to x's dtype"): 1}
+    layers = [wrapped(base("int8", torch.float32)).eval() for _ in range(2)]
+    ledger = accelerated(layers[1])
+    x = torch.randn(4, BYTES_K)
+    assert_bits_equal("y", layers[1](x), layers[0](x))
+    assert sum(ledger.fallbacks.values()) == 1
+
+
+# -- in place, and undone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4", "int8"])
+def test_restore_leaves_no_trace(kind):
+    layer = wrapped(base(kind, torch.float32), use_dora=True)
+    own, before = type(layer), [set(module.__dict__) for module in layer.modules()]
+    switch = getattr(layer.base_layer, peft_lora.CPU_PACKING, None)
+    y = step(layer, torch.float32)
+    ledger = accelerated(layer)
+    assert isinstance(layer, own)
+    assert isinstance(layer, FastLora)
+    assert type(layer).__name__ == own.__name__
+    assert repr(layer).startswith("lora.")
+    step(layer, torch.float32)
+    shared_input.link_children("", {"q": layer, "k": wrapped(base("linear", torch.float32)), "v": layer})
+    ledger.restore()
+    assert type(layer) is own
+    assert getattr(layer.base_layer, peft_lora.CPU_PACKING, None) == switch
+    assert [set(module.__dict__) for module in layer.modules()] == before
+    for name, value in step(layer, torch.float32).items():
+        assert_bits_equal(name, value, y[name])
+
+
+def test_a_copy_and_a_pickle_are_peft_s_own():
+    layer = wrapped(base("nf4", torch.float32))
+    own = type(layer)
+    accelerated(layer)
+    y = step(layer, torch.float32)["y"]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is own is PeftLinear4bit
+        assert not {SLOT, LEDGER, "impl", "exact", "followers", "_row_squares"} & set(other.__dict__)
+        assert_close("y", step(other, torch.float32)["y"], y, OTHER_ORDER_OF_SUMS)
+
+
+def test_4bit_weights_are_read_in_place_and_never_repacked():
+    """In eval mode bitsandbytes reorders the bytes for this CPU and rounds the scales: gradients are lost from then on."""
+    layer = wrapped(base("nf4", torch.bfloat16), adapter_dtype=torch.bfloat16)
+    layer.base_layer.support_avx512bf16_for_cpu = True
+    stored = {name: tensor.clone() for name, tensor in layer.base_layer.state_dict().items()}
+    address = layer.base_layer.weight.data_ptr()
+    ledger = accelerated(layer)
+    x = torch.randn(4, BYTES_K, dtype=torch.bfloat16)
+    assert layer.shared_call(x).projection.w.packed.data_ptr() == address
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+        layer.enable_adapters(False)
+        layer(x)  # bitsandbytes' own forward
+        layer.enable_adapters(True)
+    for name, tensor in layer.base_layer.state_dict().items():
+        assert_bits_equal(name, tensor, stored[name])
+    assert step(layer.train(), torch.bfloat16)["dx"].abs().max() > 0
+    ledger.restore()
+    assert layer.base_layer.support_avx512bf16_for_cpu is True
+
+
+def test_a_changed_scale_mode_or_dtype_is_seen():
+    layers = [wrapped(base("linear", torch.float32), use_dora=True) for _ in range(2)]
+    accelerated(layers[1])
+    x = torch.randn(2, K)
+
+    def compare(change):
+        for layer in layers:
+            change(layer)
+        assert_close("y", layers[1](x), layers[0](x), OTHER_ORDER_OF_SUMS)
+
+    compare(lambda layer: None)
+    compare(lambda layer: layer.set_scale("default", 3.0))
+    compare(lambda layer: layer.base_layer.weight.data.mul_(2))
+    compare(lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(layer.base_layer.weight * 2, False)))
+    compare(lambda layer: layer.merge())
+    compare(lambda layer: layer.unmerge())
+    compare(lambda layer: layer.eval())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_gradients(reentrant):
+    layer = wrapped(base("linear", torch.float32), lora_dropout=0.3)
+    accelerated(layer)
+    gradients = []
+    for checkpointed in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(7)
+        x = torch.randn(6, K, requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=reentrant) if checkpointed else layer(x)
+        y.square().sum().backward()
+        gradients.append([x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad])
+    for one, other in zip(*gradients, strict=True):
+        assert_bits_equal("gradient", other, one)
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_compiled(kind):
+    layer = wrapped(base(kind, torch.float32))
+    accelerated(layer)
+    eager = step(layer, torch.float32)
+    torch._dynamo.reset()
+    layer.compile(backend="eager", fullgraph=True)
+    for name, value in step(layer, torch.float32).items():
+        assert_close(name, value, eager[name], OTHER_ORDER_OF_SUMS)
+
+
+def test_fake_tensors():
+    with FakeTensorMode(), warnings.catch_warnings():
+        layer = wrapped(nn.Linear(K, N, dtype=torch.bfloat16).requires_grad_(False), use_dora=False)
+        accelerated(layer)
+        x = torch.randn(4, K, dtype=torch.bfloat16, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape
+        assert layer.lora_A["default"].weight.grad.shape == (R, K)
