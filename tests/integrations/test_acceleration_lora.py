@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 
 import bitsandbytes
 import peft
@@ -266,13 +265,6 @@ def _unknown_variant(layer):
     layer.lora_variant["default"] = Doubled()
 
 
-def _not_cast(layer):
-    layer.cast_input_dtype_enabled = False
-    layer.lora_A.to(torch.bfloat16)
-    layer.lora_B.to(torch.bfloat16)
-    layer.base_layer.register_forward_pre_hook(lambda module, inputs: None)  # never reached by what is refused first
-
-
 FALLBACKS = {
     "disabled": ({}, lambda layer: layer.enable_adapters(False), "its adapters are disabled"),
     "merged": ({}, lambda layer: layer.merge(), "its adapters are merged into the weight"),
@@ -362,7 +354,7 @@ def test_exact_dora_and_int8_in_eval_mode_fall_back():
 
 @pytest.mark.parametrize("kind", ["linear", "nf4", "int8"])
 def test_restore_leaves_no_trace(kind):
-    layer = wrapped(base(kind, torch.float32), use_dora=True)
+    layer = wrapped(base(kind, torch.float32), use_dora=kind != "int8")  # of that PEFT has one forward, not two
     own, before = type(layer), [set(module.__dict__) for module in layer.modules()]
     switch = getattr(layer.base_layer, peft_lora.CPU_PACKING, None)
     y = step(layer, torch.float32)
@@ -426,7 +418,7 @@ def test_a_changed_scale_mode_or_dtype_is_seen():
 
     compare(lambda layer: None)
     compare(lambda layer: layer.set_scale("default", 3.0))
-    compare(lambda layer: layer.base_layer.weight.data.mul_(2))
+    compare(lambda layer: nn.init.normal_(layer.base_layer.weight, std=0.1, generator=torch.Generator().manual_seed(6)))
     compare(lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(layer.base_layer.weight * 2, False)))
     compare(lambda layer: layer.merge())
     compare(lambda layer: layer.unmerge())
@@ -461,9 +453,13 @@ def test_compiled(kind):
 
 
 def test_fake_tensors():
-    with FakeTensorMode(), warnings.catch_warnings():
-        layer = wrapped(nn.Linear(K, N, dtype=torch.bfloat16).requires_grad_(False), use_dora=False)
-        accelerated(layer)
+    layer = wrapped(base("linear", torch.bfloat16))
+    accelerated(layer)
+    mode = FakeTensorMode()
+    for module in layer.modules():
+        for name, held in module._parameters.items():
+            module._parameters[name] = None if held is None else mode.from_tensor(held, static_shapes=True)
+    with mode:
         x = torch.randn(4, K, dtype=torch.bfloat16, requires_grad=True)
         layer(x).sum().backward()
         assert x.grad.shape == x.shape
