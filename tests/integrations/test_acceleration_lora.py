@@ -3,23 +3,19 @@
 import copy
 import pickle
 
-import bitsandbytes
-import peft
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from peft.tuners.lora import Linear4bit as PeftLinear4bit
-from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from fastpeft.integrations.acceleration import peft_lora
-from fastpeft.integrations.acceleration.ledger import LEDGER, SLOT, Acceleration
-from fastpeft.integrations.acceleration.peft_lora import FastLora, replace_layer
+from fastpeft.integrations.acceleration.ledger import LEDGER, SLOT
+from fastpeft.integrations.acceleration.peft_lora import FastLora
 from fastpeft.layers import shared_input
-from fastpeft.ops import lora, lora_group
+from tests.peft_layers import BYTES_K, BYTES_N, K, R, accelerated, base, step, wrapped
 from tests.saved_bytes import SavedBytes
 from tests.tolerance import (
     MEAN_OF_DRAWS_SIGMAS,
@@ -29,77 +25,7 @@ from tests.tolerance import (
     assert_no_worse,
 )
 
-N, K, R = 65, 97, 5
-BYTES_N, BYTES_K = 33, 128  # of quantised bases
-
-
-@pytest.fixture(autouse=True)
-def _as_functions(monkeypatch):
-    """The sizes here would all run as plain calls."""
-    monkeypatch.setattr(lora, "composed_is_faster", lambda *call: False)
-    monkeypatch.setattr(lora_group, "composed_is_faster", lambda *call: False)
-
-
-def base(kind: str, dtype: torch.dtype, bias: bool = True) -> nn.Module:
-    generator = torch.Generator().manual_seed(3)
-    n, k = (N, K) if kind in ("linear", "conv1d") else (BYTES_N, BYTES_K)
-    w, b = torch.randn(n, k, generator=generator) / k**0.5, torch.randn(n, generator=generator)
-    if kind == "conv1d":
-        made = Conv1D(n, k)
-        made.weight.data, made.bias.data = w.t().contiguous().to(dtype), b.to(dtype)
-        return made
-    if kind == "linear":
-        made = nn.Linear(k, n, bias=bias, dtype=dtype)
-        made.weight.data = w.to(dtype)
-    elif kind == "int8":
-        made = bitsandbytes.nn.Linear8bitLt(k, n, bias=bias, has_fp16_weights=False)
-        made.weight.data = w.to(dtype)
-    else:
-        made = bitsandbytes.nn.Linear4bit(k, n, bias=bias, quant_type="nf4", compute_dtype=dtype)
-        made.weight.data = w.to(dtype)
-    if bias:
-        made.bias = nn.Parameter(b.to(dtype))
-    return made.requires_grad_(False).to("cpu")
-
-
-def wrapped(module: nn.Module, adapters: int = 1, adapter_dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    """PEFT's layer over `module`, its adapters drawn from one seed and all active, in training mode."""
-    model = nn.ModuleDict({"target": module})
-    model.is_loaded_in_4bit = isinstance(module, bitsandbytes.nn.Linear4bit)
-    model.is_loaded_in_8bit = isinstance(module, bitsandbytes.nn.Linear8bitLt)
-    names = ["default", "other"][:adapters]
-    for name in names:
-        config = peft.LoraConfig(
-            **{"r": R, "lora_alpha": 7, "target_modules": ["target"], "fan_in_fan_out": isinstance(module, Conv1D)}
-            | options
-        )
-        peft.inject_adapter_in_model(config, model, adapter_name=name)
-    layer = model["target"]
-    layer.set_adapter(names)
-    generator = torch.Generator().manual_seed(4)
-    for path, parameter in layer.named_parameters():
-        if "lora_" in path:
-            values = torch.randn(parameter.shape, generator=generator) * 0.2
-            parameter.data = (values.abs() + 0.5 if "magnitude" in path else values).to(adapter_dtype)
-    return layer.train()
-
-
-def accelerated(layer: nn.Module, **options) -> Acceleration:
-    ledger = Acceleration(layer)
-    assert replace_layer(ledger, "target", layer, **options)
-    return ledger
-
-
-def step(layer: nn.Module, dtype: torch.dtype, rows: tuple[int, ...] = (3, 11)) -> dict[str, torch.Tensor]:
-    """y and every gradient, for inputs from one seed."""
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(*rows, layer.in_features, generator=generator).to(dtype).requires_grad_()
-    layer.zero_grad()
-    y = layer(x)
-    dy = torch.randn(y.shape, generator=generator)
-    y.backward(dy.to(y.dtype))
-    got = {"y": y.detach(), "dx": x.grad}
-    return got | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+pytestmark = pytest.mark.usefixtures("as_functions")
 
 
 def exact_layer(kind: str, dtype: torch.dtype, **options) -> nn.Module:
@@ -219,134 +145,6 @@ def test_bytes_kept_for_backward():
             del y
     assert kept["ours", 0.0] == kept["ours", 0.1] == 64 * R * 2
     assert kept["peft", 0.0] >= 64 * K * 4
-
-
-# -- falling back -----------------------------------------------------------------------------------------------------
-
-
-def _hooked_base(layer):
-    layer.base_layer.register_forward_hook(lambda module, inputs, y: y + 1)
-
-
-def _hooked_adapter(layer):
-    layer.lora_A["default"].register_forward_hook(lambda module, inputs, y: y + 1)
-
-
-def _own_forward_of_the_base(layer):
-    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], N)
-
-
-def _training_base(layer):
-    layer.base_layer.weight.requires_grad_(True)
-
-
-def _other_linear(layer):
-    class Bounded(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).clamp(-1, 1)
-
-    layer.lora_B["default"].__class__ = Bounded
-
-
-def _dropout_of_another_kind(layer):
-    layer.lora_dropout["default"] = nn.AlphaDropout(0.0)
-
-
-def _dropout_of_everything(layer):
-    layer.lora_dropout["default"] = nn.Dropout(1.0)
-
-
-def _unknown_variant(layer):
-    class Doubled(peft_layer.LoraVariant):
-        @staticmethod
-        def forward(module, active_adapter, x, result, **kwargs):
-            return result * 2
-
-    layer.lora_variant["default"] = Doubled()
-
-
-FALLBACKS = {
-    "disabled": ({}, lambda layer: layer.enable_adapters(False), "its adapters are disabled"),
-    "merged": ({}, lambda layer: layer.merge(), "its adapters are merged into the weight"),
-    "no_adapter": (
-        {},
-        lambda layer: setattr(layer, "_active_adapter", ["absent"]),
-        "no active adapter has tensors here",
-    ),
-    "hooked_base": ({}, _hooked_base, "its base layer trains, is hooked or has a forward of its own"),
-    "own_forward": ({}, _own_forward_of_the_base, "its base layer trains, is hooked or has a forward of its own"),
-    "training_base": ({}, _training_base, "its base layer trains, is hooked or has a forward of its own"),
-    "hooked_adapter": ({}, _hooked_adapter, "its adapter's own linears are hooked"),
-    "other_linear": ({}, _other_linear, "its adapter is made of Linear and Bounded"),
-    "dropout": ({}, _dropout_of_another_kind, "dropout by AlphaDropout"),
-    "dropout_1": ({}, _dropout_of_everything, "dropout of everything, or in another mode than its layer"),
-    "variant": ({}, _unknown_variant, "variant Doubled"),
-    "dora_beside": (
-        {"use_dora": True, "adapters": 2},
-        lambda layer: None,
-        "DoRA beside another active adapter: PEFT scales what that one adds too",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FALLBACKS)
-def test_falls_back(case):
-    """What we do not compute is PEFT's own, to the bit, and the reason is counted; afterwards ours runs again."""
-    options, change, why = FALLBACKS[case]
-    layers = [wrapped(base("linear", torch.float32), **options) for _ in range(2)]
-    ledger = accelerated(layers[1])
-    for layer in layers:
-        change(layer)
-    assert layers[1].shared_call(torch.randn(2, K)) is None
-    eager, got = (step(layer, torch.float32) if case not in ("disabled", "merged") else None for layer in layers)
-    if eager is None:
-        x = torch.randn(2, K)
-        eager, got = ({"y": layer(x)} for layer in layers)
-    for name, value in eager.items():
-        assert_bits_equal(name, got[name], value)
-    assert dict(ledger.fallbacks) == {("lora", why): 1}
-    assert f"1 calls ran the model's own code: {why}" in ledger.summary()
-
-
-def test_arguments_of_peft_fall_back():
-    layers = [wrapped(base("linear", torch.float32), adapters=2).eval() for _ in range(2)]
-    ledger = accelerated(layers[1])
-    x = torch.randn(3, K)
-    mixed = [layer(x, adapter_names=["default", "__base__", "other"]) for layer in layers]
-    assert_bits_equal("mixed", mixed[1], mixed[0])
-    layers[1](x, alora_offsets=[1, 2, None])
-    layers[1](x, adapter_names=None)  # the same as no argument
-    assert dict(ledger.fallbacks) == {
-        ("lora", "adapter_names: one batch with several adapters"): 1,
-        ("lora", "called with alora_offsets"): 1,
-    }
-
-
-def test_dtypes_that_peft_refuses_are_refused_by_peft():
-    layer = wrapped(base("linear", torch.float32), adapter_dtype=torch.bfloat16)
-    ledger = accelerated(layer)
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(2, K, dtype=torch.bfloat16))
-    layer.cast_input_dtype_enabled = False
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(2, K))
-    assert dict(ledger.fallbacks) == {
-        ("lora", "x in torch.bfloat16 over a base in torch.float32"): 1,
-        ("lora", "cast_input_dtype_enabled is off"): 1,
-    }
-
-
-def test_exact_dora_and_int8_in_eval_mode_fall_back():
-    """dora_linear has no exact way, and bitsandbytes rounds x to int8 in eval mode: its bits stay."""
-    layer = wrapped(base("linear", torch.bfloat16), use_dora=True)
-    ledger = accelerated(layer, exact=True)
-    layer(torch.randn(2, K, dtype=torch.bfloat16))
-    assert dict(ledger.fallbacks) == {("lora", "exact=True: dora_linear rounds to x's dtype"): 1}
-    layers = [wrapped(base("int8", torch.float32)).eval() for _ in range(2)]
-    ledger = accelerated(layers[1])
-    x = torch.randn(4, BYTES_K)
-    assert_bits_equal("y", layers[1](x), layers[0](x))
-    assert sum(ledger.fallbacks.values()) == 1
 
 
 # -- in place, and undone ----------------------------------------------------------------------------------------------

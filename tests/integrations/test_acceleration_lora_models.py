@@ -14,10 +14,12 @@ import fastpeft
 from fastpeft.integrations.acceleration import accelerate_new_layers
 from fastpeft.integrations.acceleration.peft_lora import FastLora
 from fastpeft.layers import shared_input
-from fastpeft.ops import lora, lora_group
+from fastpeft.ops import lora_group
 from tests import tiny_models
 from tests.tiny_models import fill, logits, loss
 from tests.tolerance import GRADIENTS_THROUGH_A_MODEL, LOGITS_EQUAL_TO_PEFT, assert_bits_equal, assert_close
+
+pytestmark = pytest.mark.usefixtures("as_functions")
 
 DECODER = {
     "vocab_size": tiny_models.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -56,13 +58,6 @@ FAMILIES = {
     "distilbert": (tiny_models.distilbert, 12 + 2, 2),
     "t5": (tiny_models.t5, 2 * 6 + 2 * 10, 6),
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_functions(monkeypatch):
-    """The sizes here would all run as plain calls."""
-    monkeypatch.setattr(lora, "composed_is_faster", lambda *call: False)
-    monkeypatch.setattr(lora_group, "composed_is_faster", lambda *call: False)
 
 
 @pytest.fixture
