@@ -63,13 +63,15 @@ def accelerated(layer: nn.Module, **options) -> Acceleration:
     return ledger
 
 
-def step(layer: nn.Module, dtype: torch.dtype, rows: tuple[int, ...] = (3, 11)) -> dict[str, torch.Tensor]:
-    """y and every gradient, for inputs from one seed."""
+def step(
+    layer: nn.Module, dtype: torch.dtype, rows: tuple[int, ...] = (3, 11), values_of: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """y and every gradient, for inputs from one seed; an oracle in a wide dtype takes the values of a narrow one."""
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(*rows, layer.in_features, generator=generator).to(dtype).requires_grad_()
+    x = torch.randn(*rows, layer.in_features, generator=generator).to(values_of).to(dtype).requires_grad_()
     layer.zero_grad()
     y = layer(x)
     dy = torch.randn(y.shape, generator=generator)
-    y.backward(dy.to(y.dtype))
+    y.backward(dy.to(values_of).to(y.dtype))
     got = {"y": y.detach(), "dx": x.grad}
     return got | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}

@@ -67,7 +67,7 @@ def test_output_and_gradients_are_peft_s(kind, option, dtypes):
     if exact and option == "dora":
         return  # test_falls_back
     options = OPTIONS[option]
-    oracle = step(exact_layer(kind, dtype, adapter_dtype=adapter_dtype, **options), torch.float64)
+    oracle = step(exact_layer(kind, dtype, adapter_dtype=adapter_dtype, **options), torch.float64, values_of=dtype)
     eager_dtype = adapter_dtype if exact else dtype
     eager = step(wrapped(base(kind, dtype), adapter_dtype=eager_dtype, **options), dtype)
     layer = wrapped(base(kind, dtype), adapter_dtype=adapter_dtype, **options)
@@ -89,7 +89,7 @@ def test_under_autocast(kind, x_dtype, option):
     with torch.autocast("cpu", torch.bfloat16):
         eager, got = (step(layer, x_dtype) for layer in layers)
     assert not ledger.fallbacks
-    oracle = step(exact_layer(kind, torch.float32, **OPTIONS[option]), torch.float64)
+    oracle = step(exact_layer(kind, torch.float32, **OPTIONS[option]), torch.float64, values_of=x_dtype)
     half = step(wrapped(base(kind, torch.bfloat16), adapter_dtype=torch.bfloat16, **OPTIONS[option]), torch.bfloat16)
     for name, value in got.items():
         assert value.dtype == eager[name].dtype, name
@@ -190,13 +190,13 @@ def test_4bit_weights_are_read_in_place_and_never_repacked():
     address = layer.base_layer.weight.data_ptr()
     ledger = accelerated(layer)
     x = torch.randn(4, BYTES_K, dtype=torch.bfloat16)
-    assert layer.shared_call(x).projection.w.packed.data_ptr() == address
     layer.eval()
     with torch.no_grad():
-        layer(x)
         layer.enable_adapters(False)
-        layer(x)  # bitsandbytes' own forward
+        layer(x)  # bitsandbytes' own forward, before we have read anything
         layer.enable_adapters(True)
+        layer(x)
+    assert layer.shared_call(x).projection.w.packed.data_ptr() == address
     for name, tensor in layer.base_layer.state_dict().items():
         assert_bits_equal(name, tensor, stored[name])
     assert step(layer.train(), torch.bfloat16)["dx"].abs().max() > 0

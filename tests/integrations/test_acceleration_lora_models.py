@@ -356,17 +356,31 @@ def test_layers_that_are_made_accelerated(groups, tmp_path):
         assert_bits_equal("restored", logits(both), expected)
 
 
-def test_other_custom_modules_stay_the_users():
+@pytest.mark.parametrize("first", [True, False])
+def test_other_custom_modules_stay_the_users(first):
     class Own(peft.tuners.lora.Linear):
         def forward(self, x, *args, **kwargs):
             return super().forward(x, *args, **kwargs) + 1
 
     config = peft.LoraConfig(target_modules=["0", "1"])
+    if first:
+        accelerate_new_layers(config)
     config._register_custom_module({nn.Linear: Own})
-    config = accelerate_new_layers(config)
+    if not first:
+        accelerate_new_layers(config)
     model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
     peft.inject_adapter_in_model(config, model)
     assert type(model[0]) is Own
     assert type(model[1]) is peft.tuners.lora.Embedding
     with pytest.raises(TypeError, match=r"expected a peft\.LoraConfig, got IA3Config"):
         accelerate_new_layers(peft.IA3Config())
+
+
+def test_layers_of_two_models_are_not_siblings():
+    """A config that has served one model serves another: paths are the same, layers are not."""
+    config = accelerate_new_layers(peft.LoraConfig(target_modules=["q", "k"]))
+    first, second = (nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for names in (("q", "k"), ("q",)))
+    for model in (first, second):
+        peft.inject_adapter_in_model(config, model)
+    assert first["q"].followers.modules == [first["k"]]
+    assert second["q"].followers is None
