@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fastpeft.integrations.acceleration import peft_lora
+from fastpeft.integrations.acceleration import linears
 from fastpeft.integrations.acceleration.ledger import LEDGER, SLOT
 from fastpeft.integrations.acceleration.peft_lora import FastLora
 from fastpeft.layers import shared_input
@@ -154,7 +154,7 @@ def test_bytes_kept_for_backward():
 def test_restore_leaves_no_trace(kind):
     layer = wrapped(base(kind, torch.float32), use_dora=kind != "int8")  # of that PEFT has one forward, not two
     own, before = type(layer), [set(module.__dict__) for module in layer.modules()]
-    switch = getattr(layer.base_layer, peft_lora.CPU_PACKING, None)
+    switch = getattr(layer.base_layer, linears._CPU_PACKING, None)
     y = step(layer, torch.float32)
     ledger = accelerated(layer)
     assert isinstance(layer, own)
@@ -165,7 +165,7 @@ def test_restore_leaves_no_trace(kind):
     shared_input.link_children("", {"q": layer, "k": wrapped(base("linear", torch.float32)), "v": layer})
     ledger.restore()
     assert type(layer) is own
-    assert getattr(layer.base_layer, peft_lora.CPU_PACKING, None) == switch
+    assert getattr(layer.base_layer, linears._CPU_PACKING, None) == switch
     assert [set(module.__dict__) for module in layer.modules()] == before
     for name, value in step(layer, torch.float32).items():
         assert_bits_equal(name, value, y[name])

@@ -139,7 +139,7 @@ def test_groups_survive_what_is_done_to_adapters(groups):
     """q, k, v and gate, up are one op again after switching, disabling, merging, modes and both kinds of checkpointing."""
     model = peft_model(adapters=("default", "other"))
     untouched = copy.deepcopy(model)
-    fastpeft.accelerate(model)
+    fastpeft.accelerate(model, parts=["lora"])
 
     def check(sizes=(3, 2, 3, 2)):
         groups.clear()
@@ -263,16 +263,16 @@ def test_what_is_not_lora_on_a_linear_is_kept_with_the_reason():
 
 def test_accelerating_again_finds_new_layers():
     model = peft_model(target_modules=["q_proj"])
-    assert len(fastpeft.accelerate(model).slots) == 2
+    assert len(fastpeft.accelerate(model, parts=["lora"]).slots) == 2
     model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-    ledger = fastpeft.accelerate(model)
+    ledger = fastpeft.accelerate(model, parts=["lora"])
     assert len(ledger.slots) == len(lora_layers(model)) == 4
     assert "2 groups" in ledger.summary()
 
 
 def test_fastpeft_s_own_layers_are_named():
     model = fastpeft.get_peft_model(FAMILIES["llama"][0](), fastpeft.LoraConfig(target_modules=["q_proj"]))
-    assert "2 linears are fastpeft's own layers" in fastpeft.accelerate(model).summary()
+    assert "2 linears are fastpeft's own layers" in fastpeft.accelerate(model, parts=["lora"]).summary()
 
 
 # -- ways in ---------------------------------------------------------------------------------------------------------------

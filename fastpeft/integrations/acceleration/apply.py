@@ -88,15 +88,15 @@ def accelerate(
     restore(model)
     ledger = Acceleration(model)
     family = FAMILIES.get(core.config.model_type, Family(rotary=None, decoder=None))
-    walk = Walk(model, core, family, ledger, memory, impl, exact)
     model.__dict__[LEDGER] = ledger
     with contextlib.ExitStack() as undo:
         undo.callback(ledger.restore)
+        if memory == "memory" and checkpoint_layers(ledger, core):
+            memory = "balanced"  # within a layer: what is computed again there is not computed a third time
+        walk = Walk(model, core, family, ledger, memory, impl, exact)
         for name, apply in PARTS.items():
             if name in chosen:
                 apply(walk)
-        if memory == "memory":
-            checkpoint_layers(ledger, core)
         if offload:
             offload_activations(ledger, core)
         undo.pop_all()  # nothing failed

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpeft.integrations.acceleration.ledger import LEDGER, Accelerated, Acceleration
+from fastpeft.integrations.acceleration.linears import undo_reading
 from fastpeft.layers.base_weight import (
-    READING,
     is_conv1d,
     is_linear_4bit,
     is_linear_8bit,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 PART = "lora"
 
-CPU_PACKING = "support_avx512bf16_for_cpu"
 """The switch that keep_unpacked turns off on a Linear4bit."""
 
 
@@ -163,17 +162,10 @@ def replace_layer(
 ) -> bool:
     """Let a layer that is not `_unfit` be a FastLora; False, with the reason kept, where other code has replaced it."""
     base = layer.base_layer
-    before = base.__dict__.get(CPU_PACKING)
     if not ledger.swap(path, layer, FastLora, PART, impl=impl, exact=exact):
         return False
+    undo_reading(ledger, base)
     keep_unpacked(base)
-
-    def undo():
-        base.__dict__.pop(READING, None)
-        if is_linear_4bit(base):
-            base.__dict__.pop(CPU_PACKING) if before is None else setattr(base, CPU_PACKING, before)
-
-    ledger.undo_by(undo)
     return True
 
 
