@@ -88,11 +88,11 @@ def _tiles(
     if MASKED:
         more = tl.cdiv(tl.maximum(end_too - begin_too, 0), BLOCK_M)
     start = tl.cast(begin, tl.int64)
-    q_at, do_at, at = q_ptr + start * stride_qm, do_ptr + start * stride_dom, start
+    q_at, do_at, at = q_ptr + start * stride_qm, do_ptr + start * stride_dom, begin
     # From the last head's tile to the first head's next one.
     q_back = stride_qm * BLOCK_M - tl.cast(stride_qh, tl.int64) * (G - 1)
     do_back = stride_dom * BLOCK_M - tl.cast(stride_doh, tl.int64) * (G - 1)
-    back = BLOCK_M - tl.cast(padded_sq, tl.int64) * (G - 1)
+    back = BLOCK_M - padded_sq * (G - 1)
     for i in tl.range(0, G * (tiles + more)):
         g = i % G
         m = begin + i // G * BLOCK_M
@@ -100,13 +100,15 @@ def _tiles(
             m = tl.where(i // G < tiles, m, begin_too + (i // G - tiles) * BLOCK_M)
             q_at = q_ptr + tl.cast(g, tl.int64) * stride_qh + tl.cast(m, tl.int64) * stride_qm
             do_at = do_ptr + tl.cast(g, tl.int64) * stride_doh + tl.cast(m, tl.int64) * stride_dom
-            at = tl.cast(g, tl.int64) * padded_sq + m
+            at = g * padded_sq + m
         m = tl.multiple_of(m, BLOCK_M)
         offs_m = m + tl.arange(0, BLOCK_M)
         beside, low, high = query_interval(offs_m, rows_ptr, sq, sk, left, right)
         q = load_rows(q_at, 0, stride_qm, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
+        do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
         statistics = tl.multiple_of(at, BLOCK_M) + tl.arange(0, BLOCK_M)  # every tile's rows are there, +inf past the end
         lse = tl.load(lse_ptr + statistics)
+        delta = tl.load(delta_ptr + statistics)
         terms = terms_of(
             b,
             first_h + g,
@@ -124,14 +126,12 @@ def _tiles(
         p = tl.exp2(s * factor - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if MASKED:
             p = tl.where((offs_n[:, None] >= low[None, :]) & (offs_n[:, None] < high[None, :]), p, 0.0)
-        do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
         if threshold is not None:
             row_of_head = ((b * H + first_h + g) * sq).to(tl.int32)
             keep = tl.trans(kept(seed, row_of_head, offs_m, first_n, threshold, BLOCK_M, BLOCK_N))
             dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + statistics)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if threshold is not None:
             dp = tl.where(keep, dp * kept_share, 0.0)
