@@ -42,12 +42,9 @@ def load_rows(
     """[ROWS, BLOCK_D]: rows first + [0, ROWS) of a matrix [end, D]; with MASKED rows past its end are zeros."""
     offs_r = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + tl.cast(first, tl.int64) * stride + offs_r[:, None] * stride + offs_d[None, :]
     if MASKED:
-        mask = (offs_r < end - first)[:, None]
-        if D < BLOCK_D:
-            mask = mask & (offs_d < D)[None, :]
-        return tl.load(ptrs, mask=mask, other=0.0)
+        offs_r = tl.minimum(offs_r, end - 1 - first)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + offs_r[:, None] * stride + offs_d[None, :]
     if D < BLOCK_D:
         return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
     return tl.load(ptrs)
