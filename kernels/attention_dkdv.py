@@ -105,10 +105,12 @@ def _tiles(
         offs_m = m + tl.arange(0, BLOCK_M)
         beside, low, high = query_interval(offs_m, rows_ptr, sq, sk, left, right)
         q = load_rows(q_at, 0, stride_qm, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
-        do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
+        if not TERMS[0]:  # beside a bias there is no room for more: later
+            do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
         statistics = tl.multiple_of(at, BLOCK_M) + tl.arange(0, BLOCK_M)  # every tile's rows are there, +inf past the end
         lse = tl.load(lse_ptr + statistics)
-        delta = tl.load(delta_ptr + statistics)
+        if not TERMS[0]:
+            delta = tl.load(delta_ptr + statistics)
         terms = terms_of(
             b,
             first_h + g,
@@ -126,6 +128,9 @@ def _tiles(
         p = tl.exp2(s * factor - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if MASKED:
             p = tl.where((offs_n[:, None] >= low[None, :]) & (offs_n[:, None] < high[None, :]), p, 0.0)
+        if TERMS[0]:
+            do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
+            delta = tl.load(delta_ptr + statistics)
         if threshold is not None:
             row_of_head = ((b * H + first_h + g) * sq).to(tl.int32)
             keep = tl.trans(kept(seed, row_of_head, offs_m, first_n, threshold, BLOCK_M, BLOCK_N))
