@@ -107,7 +107,9 @@ def _tiles(
         q = load_rows(q_at, 0, stride_qm, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
         if not TERMS[0]:  # beside a bias there is no room for more: later
             do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
-        statistics = tl.multiple_of(at, BLOCK_M) + tl.arange(0, BLOCK_M)  # every tile's rows are there, +inf past the end
+        statistics = tl.multiple_of(at, BLOCK_M) + tl.arange(
+            0, BLOCK_M
+        )  # every tile's rows are there, +inf past the end
         lse = tl.load(lse_ptr + statistics)
         if not TERMS[0]:
             delta = tl.load(delta_ptr + statistics)
