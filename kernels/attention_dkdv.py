@@ -90,8 +90,8 @@ def _tiles(
     start = tl.cast(begin, tl.int64)
     q_at, do_at, at = q_ptr + start * stride_qm, do_ptr + start * stride_dom, begin
     # From the last head's tile to the first head's next one.
-    q_back = stride_qm * BLOCK_M - tl.cast(stride_qh, tl.int64) * (G - 1)
-    do_back = stride_dom * BLOCK_M - tl.cast(stride_doh, tl.int64) * (G - 1)
+    q_back = tl.cast(stride_qm, tl.int64) * BLOCK_M - tl.cast(stride_qh, tl.int64) * (G - 1)
+    do_back = tl.cast(stride_dom, tl.int64) * BLOCK_M - tl.cast(stride_doh, tl.int64) * (G - 1)
     back = BLOCK_M - padded_sq * (G - 1)
     for i in tl.range(0, G * (tiles + more)):
         g = i % G
@@ -105,7 +105,7 @@ def _tiles(
         offs_m = m + tl.arange(0, BLOCK_M)
         beside, low, high = query_interval(offs_m, rows_ptr, sq, sk, left, right)
         q = load_rows(q_at, 0, stride_qm, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
-        if not TERMS[0]:  # beside a bias there is no room for more: later
+        if not TERMS[0]:  # a bias needs the registers: then it comes later
             do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
         statistics = tl.multiple_of(at, BLOCK_M) + tl.arange(
             0, BLOCK_M

@@ -39,7 +39,10 @@ def tanh(x):
 def load_rows(
     ptr, first, stride, end, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """[ROWS, BLOCK_D]: rows first + [0, ROWS) of a matrix [end, D]; with MASKED rows past its end are zeros."""
+    """[ROWS, BLOCK_D]: rows first + [0, ROWS) of a matrix [end, D]; with MASKED those past its end repeat the last one.
+
+    Their scores get no weight and their results are not stored; a mask would cost registers.
+    """
     offs_r = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     if MASKED:
@@ -54,7 +57,7 @@ def load_rows(
 def store_rows(
     ptr, tile, first, stride, end, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Store what `load_rows` would load, in the matrix's dtype."""
+    """Store rows first + [0, ROWS), those that exist, in the matrix's dtype."""
     offs_r = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + tl.cast(first, tl.int64) * stride + offs_r[:, None] * stride + offs_d[None, :]
