@@ -62,6 +62,7 @@ _EXPORTS = {
     "SinusoidalPositionalEmbedding": "fastpeft.layers.positions",
     "TaskType": "fastpeft.methods.kinds",
     "accelerate": "fastpeft.integrations.acceleration",
+    "accelerate_new_layers": "fastpeft.integrations.acceleration",
     "apply_rope": "fastpeft.ops.rope",
     "attention": "fastpeft.ops.attention",
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
@@ -140,6 +141,7 @@ __all__ = [
     "TaskType",
     "__version__",
     "accelerate",
+    "accelerate_new_layers",
     "apply_rope",
     "attention",
     "create_loraplus_optimizer",
@@ -165,7 +167,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastpeft.integrations.acceleration import Acceleration, accelerate, restore
+    from fastpeft.integrations.acceleration import Acceleration, accelerate, accelerate_new_layers, restore
     from fastpeft.integrations.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,

@@ -1,7 +1,8 @@
 """The attention kernels, for ahead-of-time compilation: a recording of the launchers on meta tensors, as in aot_cases.py.
 
 Causal, bfloat16, 16 query heads on 4 key heads, 4099 tokens, so that rows are masked and heads shared: the most general code of
-the plain case. Head dims 64 and 128, with and without a bias and its gradient.
+the plain case. Head dims 64 and 128, with and without a bias and its gradient; fewer of head dim 256, of float32, of every term
+at once, and of the targets whose code is another's.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import math
 
 import torch
 
-from fastpeft.kernels.aot_cases import BF16, FP32, LIKE_ANOTHER, AotCase, case_of, target_for
+from fastpeft.kernels.aot_cases import BF16, FP32, AotCase, case_of, target_for
 from fastpeft.kernels.attention_bwd import attention_bwd
 from fastpeft.kernels.attention_call import AttentionCall, empty_aligned
 from fastpeft.kernels.attention_fwd import attention_fwd
@@ -18,73 +19,90 @@ from fastpeft.kernels.tiling import Target
 
 _BATCH, _HEADS, _KV_HEADS, _TOKENS, _EVEN_TOKENS = 2, 16, 4, 4099, 4096
 _THRESHOLD = 6554  # p = 0.1
-_GFX942_DKDV_VEC128 = 0.66  # lse and delta come in loads of 4 bytes per lane
 PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4}  # of a tile of scores
-# (least share of the tensor pipe, spill instructions at most, of these in the main loop) by kernel, head dim and bias. sm_90 at
-# D = 64 waits for exp2 (fwd, 0.97) and, with a bias, for its own instructions. Where sm_80 spills in a loop at D = 128, 8 warps
-# or narrower tiles do not, and have shares of 0.47 (dq with a bias) and 0.63 (dkdv).
-_GOALS: dict[str, dict[tuple[str, int, bool], tuple[float, ...]]] = {
+_KERNELS = tuple(PRODUCTS)
+# Least share of the tensor pipe in one turn of the main loop, which spills nothing: fwd, dq, dkdv by head dim and bias. What is
+# low waits for exp2 (sm_100 and sm_90 fwd at D = 64), for instructions of the bias, for AMD's vector pipe or, on sm_80, for
+# shared memory.
+_SHARES = {
     "sm_80": {
-        ("fwd", 64, False): (0.95, 16),
-        ("fwd", 128, False): (0.85, 19),
-        ("dq", 64, False): (0.95, 16),
-        ("dq", 128, False): (0.84, 0),
-        ("dkdv", 64, False): (0.95, 0),
-        ("dkdv", 128, False): (0.75, 16, 2),
-        ("fwd", 64, True): (0.9, 26),
-        ("fwd", 128, True): (0.7, 0),
-        ("dq", 64, True): (0.8, 16),
-        ("dq", 128, True): (0.7, 142, 41),
-        ("dkdv", 64, True): (0.6, 0),
-        ("dkdv", 128, True): (0.55, 16),
+        (64, False): (0.95, 0.95, 0.95),
+        (128, False): (0.88, 0.85, 0.75),
+        (64, True): (0.95, 0.8, 0.63),
+        (128, True): (0.73, 0.75, 0.59),
     },
     "sm_90": {
-        ("fwd", 64, False): (0.95, 0),
-        ("fwd", 128, False): (0.98, 2),
-        ("dq", 64, False): (0.98, 0),
-        ("dq", 128, False): (0.98, 0),
-        ("dkdv", 64, False): (0.98, 0),
-        ("dkdv", 128, False): (0.98, 0),
-        ("fwd", 64, True): (0.75, 0),
-        ("fwd", 128, True): (0.95, 40),
-        ("dq", 64, True): (0.95, 0),
-        ("dq", 128, True): (0.95, 0),
-        ("dkdv", 64, True): (0.9, 8),
-        ("dkdv", 128, True): (0.95, 0),
+        (64, False): (0.95, 0.98, 0.98),
+        (128, False): (0.98, 0.98, 0.98),
+        (64, True): (0.75, 0.95, 0.95),
+        (128, True): (0.98, 0.98, 0.98),
+    },
+    "sm_100": {
+        (64, False): (0.48, 0.73, 0.9),
+        (128, False): (0.97, 0.98, 0.98),
+        (64, True): (0.37, 0.5, 0.5),
+        (128, True): (0.69, 0.78, 0.94),
     },
     "gfx942": {
-        ("fwd", 64, False): (0.6, 0),
-        ("fwd", 128, False): (0.95, 0),
-        ("dq", 64, False): (0.9, 0),
-        ("dq", 128, False): (0.95, 4),
-        ("dkdv", 64, False): (0.72, 20),
-        ("dkdv", 128, False): (0.9, 0),
-        ("fwd", 64, True): (0.54, 0),
-        ("dq", 64, True): (0.83, 0),
-        ("dkdv", 64, True): (0.6, 10),
-        ("dkdv", 128, True): (0.77, 0),
+        (64, False): (0.61, 0.93, 0.72),
+        (128, False): (0.98, 0.98, 0.92),
+        (64, True): (0.54, 0.82, 0.66),
+        (128, True): (0.95, 0.98, 0.8),
+    },
+}
+# Issue slots per tensor cycle on sm_90, at most: what is left of them hides latencies.
+_ISSUE = {64: (0.95, 0.56, 0.62), 128: (0.55, 0.4, 0.37)}
+_FMA_PER_SLOT = 512  # multiply-adds of sm_90's tensor cores in one issue slot of each of the four schedulers
+# Spill instructions that are granted, all before and after the main loop unless said.
+_SPILLS = {
+    ("sm_80", "dq", 128, True): 14,
+    ("sm_90", "dkdv", 128, True): 7,
+    ("sm_100", "fwd", 128, True): 4,
+    ("gfx942", "dkdv", 64, True): 2,
+}
+_WIDE = {  # D = 256: redundancy is of warps that share rows
+    ("sm_90", "dkdv"): {"spills": 8, "redundancy": 1.5},
+}
+_EVEN = {"sm_80": {"spills": 6}, "sm_90": {}, "gfx942": {"vec128": 0.75}}  # gfx942: lse and delta 4 bytes at a time
+_FLOAT32 = {"dq": {"spills": 249, "loop_spills": 102}}
+_LIKE_ANOTHER = {  # (kernel, head dim): limits
+    "sm_120": {("dkdv", 64): {}, ("dkdv", 128): {"spills": 9}},
+    "gfx1100": {
+        ("dq", 128): {"redundancy": 5 / 3, "spills": 4},
+        ("dkdv", 64): {"vec128": 0.33},
+        ("dkdv", 128): {"redundancy": 1.5, "spills": 181, "loop_spills": 20, "vec128": 0.5},
     },
 }
 
 
 def aot_cases(arch: str) -> list[AotCase]:
-    """The attention kernels for `arch`, each compilation once; none where their code is another target's."""
-    if arch in LIKE_ANOTHER:
-        return []
-    target, cases = target_for(arch), []
-    for d in (64, 128):
-        for bias in (False, True):
-            for kernel, launch in record_attention(target, d, with_bias=bias).items():
-                case = _case(f"attention_{kernel}-bf16-d{d}" + ("-bias" if bias else ""), kernel, launch)
-                goal = _GOALS.get(arch, {}).get((kernel, d, bias), ())
-                limits = dict(zip(("pipe_share", "spills", "loop_spills"), goal, strict=False))
-                if arch == "gfx942" and kernel == "dkdv":
-                    limits["vec128"] = _GFX942_DKDV_VEC128
-                cases.append(dataclasses.replace(case, limits=limits))
-    launch = record_attention(target, 128, tokens=_EVEN_TOKENS, kv_heads=_HEADS)["dkdv"]
-    even = _case("attention_dkdv-bf16-d128-even-own-heads", "dkdv", launch)
-    granted = {"sm_80": {"spills": 8, "loop_spills": 2}, "gfx942": {"vec128": _GFX942_DKDV_VEC128}}
-    cases.append(dataclasses.replace(even, limits=granted.get(arch, {})))
+    """The attention kernels for `arch`, each compilation once; of targets that are like another's only some."""
+    target = target_for(arch)
+    if arch in _LIKE_ANOTHER:
+        return [
+            _case(kernel, d, record_attention(target, d), limits) for (kernel, d), limits in _LIKE_ANOTHER[arch].items()
+        ]
+    cases = []
+    for (d, bias), shares in _SHARES[arch].items():
+        launches = record_attention(target, d, with_bias=bias)
+        for kernel, share in zip(_KERNELS, shares, strict=True):
+            limits = {"pipe_share": share, "spills": _SPILLS.get((arch, kernel, d, bias), 0)}
+            case = _case(kernel, d, launches, limits, "-bias" if bias else "")
+            if arch == "sm_90" and not bias:
+                issue = _ISSUE[d][_KERNELS.index(kernel)]
+                limits["loop_instructions"] = int(issue * case.tile_fma / (_FMA_PER_SLOT * case.num_warps))
+            cases.append(case)
+    if arch in _EVEN:
+        launches = record_attention(target, 128, tokens=_EVEN_TOKENS, kv_heads=_HEADS)
+        cases.append(_case("dkdv", 128, launches, _EVEN[arch], "-even-own-heads"))
+    if arch in ("sm_90", "gfx942"):
+        launches = record_attention(target, 256)
+        cases += [_case(kernel, 256, launches, _WIDE.get((arch, kernel), {})) for kernel in _KERNELS]
+    if arch == "sm_80":
+        launches = record_attention(target, 128, dtype=FP32)
+        for kernel in _KERNELS:
+            case = _case(kernel, 128, launches, _FLOAT32.get(kernel, {}))
+            cases.append(dataclasses.replace(case, name=case.name.replace("bf16", "fp32"), tile_fma=None))
     if arch == "sm_90":
         cases += _cases_with_everything(target)
     return cases
@@ -98,10 +116,12 @@ def _cases_with_everything(target: Target) -> list[AotCase]:
     return [dataclasses.replace(case_of(name, launch), limits=limits) for name, launch in named]
 
 
-def _case(name: str, kernel: str, launch: Launch) -> AotCase:
+def _case(kernel: str, d: int, launches: dict[str, Launch], limits: dict[str, float], suffix: str = "") -> AotCase:
+    launch = launches[kernel]
     tile = launch.constexprs
     fma = PRODUCTS[kernel] * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_D"]
-    return dataclasses.replace(case_of(name, launch), tile_fma=fma, limits={})
+    case = case_of(f"attention_{kernel}-bf16-d{d}{suffix}", launch)
+    return dataclasses.replace(case, tile_fma=fma, limits=limits)
 
 
 def record_attention(

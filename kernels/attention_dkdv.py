@@ -18,6 +18,7 @@ from fastpeft.kernels.attention_scores import (
     load_rows,
     load_turned,
     query_interval,
+    rope_from,
     rope_of,
     score_tile,
     store_rows,
@@ -56,6 +57,8 @@ def _tiles(
     stride_sb,
     begin,
     end,
+    begin_too,
+    end_too,
     offs_n,
     first_n,
     rows_ptr,
@@ -80,20 +83,40 @@ def _tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(dk, dv) after the query tiles in [begin, end) of heads first_h + [0, G), in one loop: two nested ones spill registers."""
+    """(dk, dv) after the query tiles in [begin, end), if MASKED in [begin_too, end_too) too, of heads first_h + [0, G).
+
+    In one loop: nested ones, or one for each range, spill registers.
+    """
     factor = factor_of(scale, softcap)
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
-    for i in tl.range(0, G * tiles):
+    more = 0
+    if MASKED:
+        more = tl.cdiv(tl.maximum(end_too - begin_too, 0), BLOCK_M)
+    start = tl.cast(begin, tl.int64)
+    q_at, do_at, at = q_ptr + start * stride_qm, do_ptr + start * stride_dom, begin
+    # From the last head's tile to the first head's next one.
+    q_back = tl.cast(stride_qm, tl.int64) * BLOCK_M - tl.cast(stride_qh, tl.int64) * (G - 1)
+    do_back = tl.cast(stride_dom, tl.int64) * BLOCK_M - tl.cast(stride_doh, tl.int64) * (G - 1)
+    back = BLOCK_M - padded_sq * (G - 1)
+    for i in tl.range(0, G * (tiles + more)):
         g = i % G
         m = begin + i // G * BLOCK_M
+        if MASKED:
+            m = tl.where(i // G < tiles, m, begin_too + (i // G - tiles) * BLOCK_M)
+            q_at = q_ptr + tl.cast(g, tl.int64) * stride_qh + tl.cast(m, tl.int64) * stride_qm
+            do_at = do_ptr + tl.cast(g, tl.int64) * stride_doh + tl.cast(m, tl.int64) * stride_dom
+            at = g * padded_sq + m
         m = tl.multiple_of(m, BLOCK_M)
         offs_m = m + tl.arange(0, BLOCK_M)
         beside, low, high = query_interval(offs_m, rows_ptr, sq, sk, left, right)
-        q = load_turned(
-            q_ptr + tl.cast(g, tl.int64) * stride_qh, m, stride_qm, sq, rope, D, BLOCK_M, BLOCK_D, MASKED and not EVEN
-        )
-        row = tl.cast(g, tl.int64) * padded_sq
-        lse = tl.load(lse_ptr + row + offs_m)  # +inf past the end
+        q = load_turned(q_at, 0, stride_qm, sq - m, rope_from(rope, m), D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
+        if not TERMS[0]:  # a bias needs the registers: then it comes later
+            do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
+        # Every tile's rows are there, +inf past the end.
+        statistics = tl.multiple_of(at, BLOCK_M) + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + statistics)
+        if not TERMS[0]:
+            delta = tl.load(delta_ptr + statistics)
         terms = terms_of(
             b,
             first_h + g,
@@ -111,16 +134,15 @@ def _tiles(
         p = tl.exp2(s * factor - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if MASKED:
             p = tl.where((offs_n[:, None] >= low[None, :]) & (offs_n[:, None] < high[None, :]), p, 0.0)
-        do = load_rows(
-            do_ptr + tl.cast(g, tl.int64) * stride_doh, m, stride_dom, sq, D, BLOCK_M, BLOCK_D, MASKED and not EVEN
-        )
+        if TERMS[0]:
+            do = load_rows(do_at, 0, stride_dom, sq - m, D, BLOCK_M, BLOCK_D, MASKED and not EVEN)
+            delta = tl.load(delta_ptr + statistics)
         if threshold is not None:
             row_of_head = ((b * H + first_h + g) * sq).to(tl.int32)
             keep = tl.trans(kept(seed, row_of_head, offs_m, first_n, threshold, BLOCK_M, BLOCK_N))
             dv = tl.dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + row + offs_m)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if threshold is not None:
             dp = tl.where(keep, dp * kept_share, 0.0)
@@ -128,6 +150,11 @@ def _tiles(
         if softcap is not None:
             ds = ds * (1.0 - capped * capped)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if not MASKED:
+            last = g == G - 1
+            q_at += tl.where(last, q_back, stride_qh)
+            do_at += tl.where(last, do_back, stride_doh)
+            at += tl.where(last, back, padded_sq)
     return dk, dv
 
 
@@ -220,27 +247,20 @@ def _attention_dkdv_kernel(
     do_ptr += b * stride_dob + hk * G * stride_doh
     lse_ptr += (b * H + hk * G) * padded_sq
     delta_ptr += (b * H + hk * G) * padded_sq
-    until = tl.minimum(full_begin, end)
-    if right is not None or rows_ptr is not None:
+    if right is not None or left is not None or rows_ptr is not None or not EVEN:
         dk, dv = _tiles(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, rope, b, hk * G, H, stride_qm,
-            stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, begin, until, offs_n, first_n,
+            stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, begin,
+            tl.minimum(full_begin, end), full_end, end, offs_n, first_n,
             rows_ptr, sq, sk, padded_sq, scale, softcap, left, right, max_distance, seed, threshold, kept_share,
             True, EVEN, G, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dk, dv = _tiles(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, rope, b, hk * G, H, stride_qm,
-        stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, full_begin, full_end, offs_n,
+        stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, full_begin, full_end, 0, 0, offs_n,
         first_n, rows_ptr, sq, sk, padded_sq, scale, softcap, left, right, max_distance, seed, threshold, kept_share,
         False, EVEN, G, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if left is not None or rows_ptr is not None or not EVEN:
-        dk, dv = _tiles(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, distances_ptr, slopes_ptr, rope, b, hk * G, H, stride_qm,
-            stride_qh, stride_dom, stride_doh, stride_bb, stride_bh, stride_bm, stride_sb, full_end, end, offs_n,
-            first_n, rows_ptr, sq, sk, padded_sq, scale, softcap, left, right, max_distance, seed, threshold, kept_share,
-            True, EVEN, G, TERMS, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
     if padding_ptr is not None:  # a hidden key's row holds what it would have got, or infinity
         attend = tl.load(padding_ptr + b * stride_pb + offs_n, mask=offs_n < sk, other=0)
         dk = tl.where((attend != 0)[:, None], dk, 0.0)

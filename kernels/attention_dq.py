@@ -112,7 +112,6 @@ def _tiles(
         n = tl.multiple_of(n, BLOCK_N)
         offs_n = n + tl.arange(0, BLOCK_N)
         k = load_turned(k_ptr, n, stride_kn, sk, rope, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
-        v = load_rows(v_ptr, n, stride_vn, sk, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
         s, capped = score_tile(
             q, k, terms, scale, softcap, beside, first_m, offs_n, sq, sk, TERMS, MASKED and not EVEN, False, PRECISION
         )
@@ -122,6 +121,7 @@ def _tiles(
         if padding_ptr is not None:
             attend = tl.load(padding_ptr + offs_n, mask=offs_n < sk, other=0)
             p = tl.where((attend != 0)[None, :], p, 0.0)
+        v = load_rows(v_ptr, n, stride_vn, sk, D, BLOCK_N, BLOCK_D, MASKED and not EVEN)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if threshold is not None:
             dp = tl.where(kept(seed, row_of_head, offs_m, n, threshold, BLOCK_M, BLOCK_N), dp * kept_share, 0.0)

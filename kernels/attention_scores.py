@@ -39,15 +39,15 @@ def tanh(x):
 def load_rows(
     ptr, first, stride, end, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """[ROWS, BLOCK_D]: rows first + [0, ROWS) of a matrix [end, D]; with MASKED rows past its end are zeros."""
+    """[ROWS, BLOCK_D]: rows first + [0, ROWS) of a matrix [end, D]; with MASKED those past its end repeat the last one.
+
+    Their scores get no weight and their results are not stored; a mask would cost registers.
+    """
     offs_r = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + tl.cast(first, tl.int64) * stride + offs_r[:, None] * stride + offs_d[None, :]
     if MASKED:
-        mask = (offs_r < end - first)[:, None]
-        if D < BLOCK_D:
-            mask = mask & (offs_d < D)[None, :]
-        return tl.load(ptrs, mask=mask, other=0.0)
+        offs_r = tl.minimum(offs_r, end - 1 - first)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + offs_r[:, None] * stride + offs_d[None, :]
     if D < BLOCK_D:
         return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
     return tl.load(ptrs)
@@ -57,7 +57,7 @@ def load_rows(
 def store_rows(
     ptr, tile, first, stride, end, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Store what `load_rows` would load, in the matrix's dtype."""
+    """Store rows first + [0, ROWS), those that exist, in the matrix's dtype."""
     offs_r = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + tl.cast(first, tl.int64) * stride + offs_r[:, None] * stride + offs_d[None, :]
@@ -74,6 +74,16 @@ def rope_of(b, cos_ptr, sin_ptr, stride_rb, stride_rm):
     if cos_ptr is not None:
         cos_ptr += b * stride_rb
         sin_ptr += b * stride_rb
+    return cos_ptr, sin_ptr, stride_rm
+
+
+@triton.jit
+def rope_from(rope, first):
+    """`rope` for a pointer that stands at row `first` already."""
+    cos_ptr, sin_ptr, stride_rm = rope
+    if cos_ptr is not None:
+        cos_ptr += tl.cast(first, tl.int64) * stride_rm
+        sin_ptr += tl.cast(first, tl.int64) * stride_rm
     return cos_ptr, sin_ptr, stride_rm
 
 

@@ -9,20 +9,17 @@ Source:  Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:231
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastpeft.layers import shared_input
-from fastpeft.layers.base_weight import compute_dtype
 from fastpeft.layers.linear_adapter import LinearAdapter, tensor_factory
 from fastpeft.layers.lora_embedding import LoRAEmbedding
 from fastpeft.layers.lora_init import InitLoraWeights, initialise
+from fastpeft.layers.lora_products import LoRAProducts
 from fastpeft.layers.lora_settings import LoRALayer
 from fastpeft.layers.row_adapters import lora_linear_layer
-from fastpeft.ops.dora import EPS, dora_linear
-from fastpeft.ops.dora_torch import row_norm, row_squares
-from fastpeft.ops.lora_group import Projection, lora_linear_group
-from fastpeft.ops.tracing import traced
+from fastpeft.ops.dora import EPS
+from fastpeft.ops.dora_torch import row_norm
 from fastpeft.ops.weights import dense
 
 __all__ = ["LoRAEmbedding", "LoRALinear"]
@@ -36,7 +33,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class LoRALinear(LoRALayer, LinearAdapter):
+class LoRALinear(LoRAProducts, LoRALayer, LinearAdapter):
     """A linear module with LoRA or DoRA: a drop-in for the linear that it wraps.
 
         y = x W^T + bias + s (drop(x) A^T) B^T,    s = lora_alpha / r   (lora_alpha / sqrt(r) with use_rslora)
@@ -80,7 +77,6 @@ class LoRALinear(LoRALayer, LinearAdapter):
             raise ValueError("LoRALinear: expected use_dora or lora_bias, got both; DoRA has no bias of its own")
         super().__init__(base_layer, impl)
         self.exact = exact
-        self.followers: shared_input.Followers | None = None  # set by link_siblings
         n, k = self.out_features, self.in_features
         self._set(adapter_name, r, lora_alpha, use_rslora, lora_dropout)
         factory = tensor_factory(base_layer, autocast_adapter_dtype)
@@ -88,7 +84,6 @@ class LoRALinear(LoRALayer, LinearAdapter):
         self.lora_B = nn.ModuleDict({adapter_name: nn.Linear(r, n, bias=lora_bias, **factory)})
         self.lora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()})
         self.lora_magnitude_vector = nn.ModuleDict()
-        self._row_squares: tuple | None = None
         start = initialise(
             base_layer,
             self.lora_A[adapter_name],
@@ -148,42 +143,13 @@ class LoRALinear(LoRALayer, LinearAdapter):
                 f"{others}: its gain is for the base's own weights"
             )
 
-    # -- what goes into the op --------------------------------------------------------------------------------------------
-
-    def row_squares(self) -> torch.Tensor:
-        """rowsum(W^2) [N]; computed anew when the base holds another weight than the last time, or changed it."""
-        held = self.base_layer.weight
-        if traced(held):  # a tracer knows no addresses
-            return row_squares(self.frozen_weight()) if self._row_squares is None else self._row_squares[1]
-        mark = id(held), held.data_ptr(), held._version, held.dtype, held.device
-        if self._row_squares is None or self._row_squares[0] != mark:
-            self._row_squares = mark, row_squares(self.frozen_weight())
-        return self._row_squares[1]
-
-    def _dropout_p(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    # -- forward ----------------------------------------------------------------------------------------------------------
 
     def shared_call(self, x: torch.Tensor) -> "shared_input.Call | None":
         """What this layer computes for x, if one call of lora_linear_group does all of it."""
-        names = self.active_adapters
-        if len(names) != 1 or self.disable_adapters or self.merged_adapters or not self.base_is_plain():
+        if self.disable_adapters or self.merged_adapters or not self.base_is_plain():
             return None
-        (name,), base = names, self.base_layer
-        b = self.lora_B[name]
-        if b.bias is not None or name in self.lora_magnitude_vector or compute_dtype(base, x.dtype) != x.dtype:
-            return None
-        projection = Projection(
-            self.frozen_weight(),
-            self.lora_A[name].weight,
-            b.weight,
-            base.bias,
-            self.scaling[name],
-            self._dropout_p(name),
-        )
-        return shared_input.Call(projection, self.impl, self.exact)
-
-    # -- forward ----------------------------------------------------------------------------------------------------------
+        return self.call_with(self.active_adapters, x)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = self.active_adapters
@@ -191,82 +157,12 @@ class LoRALinear(LoRALayer, LinearAdapter):
             return lora_linear_layer(self, x)
         if self.disable_adapters or self.merged_adapters or not names:
             return self.base_forward(x, *args, **kwargs)
-        call = self.shared_call(x)
-        if call is not None:
-            return shared_input.forward(self, call, x)
-        plain = [name for name in names if name not in self.lora_magnitude_vector]
-        if not self.base_is_plain():
-            y = self.base_layer(x, *args, **kwargs)
-        elif len(names) == 1 and not plain:
-            return self._dora(x, names[0], self.base_layer.bias)
-        else:
-            members, left = (
-                ([Projection(self.frozen_weight(), bias=self.base_layer.bias)], [])
-                if not plain
-                else self._leading(plain)
-            )
-            y = self._computed(x, members)
-            names = left + [name for name in names if name not in plain]
+        if self.base_is_plain():
+            return self.run_with(names, x)
+        y = self.base_layer(x, *args, **kwargs)
         for name in names:
-            y = y + self._update(x, name).to(y.dtype)
+            y = y + self.update_of(x, name).to(y.dtype)
         return y
-
-    def _computed(self, x: torch.Tensor, members: list[Projection]) -> torch.Tensor:
-        """One projection, in the dtype that the base computes in."""
-        wanted = compute_dtype(self.base_layer, x.dtype)
-        (y,) = lora_linear_group(x.to(wanted), members, impl=self.impl, exact=self.exact)
-        return y if wanted == x.dtype else y.to(x.dtype)
-
-    def _dora(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
-        wanted = compute_dtype(self.base_layer, x.dtype)
-        y = dora_linear(
-            x.to(wanted),
-            self.frozen_weight(),
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.lora_magnitude_vector[name].weight,
-            bias,
-            scale=self.scaling[name],
-            dropout_p=self._dropout_p(name),
-            w_sq=self.row_squares(),
-            impl=self.impl,
-        )
-        return y if wanted == x.dtype else y.to(x.dtype)
-
-    def _leading(self, names: list[str]) -> tuple[list[Projection], list[str]]:
-        """What of several adapters goes into the base's op, and the names that are left.
-
-        Adapters without dropout join into one of the summed rank; one with dropout goes in alone, as its mask is its own.
-        """
-        first = names[0]
-        base_bias = self.base_layer.bias
-        if len(names) > 1 and not any(map(self._dropout_p, names)):
-            a = torch.cat([self.lora_A[name].weight for name in names])
-            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
-            biases = [bias for bias in map(self._scaled_bias, names) if bias is not None]
-            return [Projection(self.frozen_weight(), a, b, self._sum_bias(base_bias, biases))], []
-        b = self.lora_B[first]
-        bias = base_bias if b.bias is None else self._sum_bias(base_bias, [self._scaled_bias(first)])
-        a, scale, p = self.lora_A[first].weight, self.scaling[first], self._dropout_p(first)
-        return [Projection(self.frozen_weight(), a, b.weight, bias, scale, p)], names[1:]
-
-    def _scaled_bias(self, name: str) -> torch.Tensor | None:
-        bias = self.lora_B[name].bias
-        return None if bias is None else bias * self.scaling[name]
-
-    @staticmethod
-    def _sum_bias(base_bias, biases):
-        if not biases:
-            return base_bias
-        return sum(biases) if base_bias is None else base_bias + sum(biases)
-
-    def _update(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """What one adapter alone adds to the base's output, for what cannot go into the base's op."""
-        if name in self.lora_magnitude_vector:
-            return self._dora(x, name, None) - self._computed(x, [Projection(self.frozen_weight())])
-        a, b = self.lora_A[name].weight, self.lora_B[name]
-        dropped = F.dropout(x, self._dropout_p(name)).to(a.dtype)
-        return F.linear(F.linear(dropped, a), b.weight, b.bias) * self.scaling[name]
 
     # -- merging ----------------------------------------------------------------------------------------------------------
 

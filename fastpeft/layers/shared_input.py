@@ -17,7 +17,7 @@ import contextlib
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,18 +104,22 @@ def link_siblings(model: nn.Module) -> int:
 
     Groups that exist are made anew. A linear counts if it has `followers`, as LoRALinear does.
     """
+    return sum(link_children(path, parent._modules) for path, parent in model.named_modules())
+
+
+def link_children(path: str, children: Mapping[str, nn.Module]) -> int:
+    """link_siblings for the children, by name, of the module at `path` alone."""
     groups = 0
-    for path, parent in model.named_modules():
-        for names in SIBLINGS:
-            if CROSS_ATTENTION.search(path) and len(names) == 3:
-                names = names[1:]
-            linears = [parent._modules[name] for name in names if hasattr(parent._modules.get(name), "shared_call")]
-            if len({id(linear) for linear in linears}) < 2:
-                continue
-            groups += 1
-            for linear in linears:
-                linear.followers = None
-            linears[0].followers = Followers(linears[1:])
+    for names in SIBLINGS:
+        if CROSS_ATTENTION.search(path) and len(names) == 3:
+            names = names[1:]
+        linears = [children[name] for name in names if hasattr(children.get(name), "shared_call")]
+        if len({id(linear) for linear in linears}) < 2:
+            continue
+        groups += 1
+        for linear in linears:
+            linear.followers = None
+        linears[0].followers = Followers(linears[1:])
     return groups
 
 

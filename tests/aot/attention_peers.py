@@ -1,6 +1,6 @@
 """The attention kernels beside a plain causal one in the manner of Triton's tutorial, compiled in one run.
 
-    python -m tests.aot.attention_peers [arch ...]      a Markdown table
+    python -m tests.aot.attention_peers      write benchmarks/results/attention_static.md
 
 Equal work: no bias, one key head per query head, 4096 tokens. The tutorial's backward is one kernel; its row shows the loop
 for dk and dv. p: share of the tensor pipe in one turn of the main loop.
@@ -9,15 +9,21 @@ for dk and dv. p: share of the tensor pipe in one turn of the main loop.
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from fastpeft.kernels.aot_attention import PRODUCTS, record_attention
 from fastpeft.kernels.aot_cases import AotCase, case_of, target_for
-from fastpeft.kernels.launch import record_launches
+from fastpeft.kernels.launch import Launch, record_launches
 from fastpeft.kernels.tiling import TileConfig
 from tests.aot.tutorial_attention import tutorial_attention
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/attention_static.md"
+HEAD = (
+    "| target | kernel | queries x keys | registers | spills/in loop | shared KiB | loop | issue/tensor | p |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
 ARCHS = ("sm_80", "sm_90", "gfx942")
 HEAD_DIMS = (64, 128)
 TOKENS, HEADS = 4096, 16
@@ -33,22 +39,33 @@ _FORWARD = {
 _BACKWARD = {"sm_80": TileConfig(32, 128, 1, 1, 4, 5), "gfx942": TileConfig(32, 128, 1, 1, 4, 1)}
 
 
-def aot_cases(arch: str) -> list[AotCase]:
-    """The tutorial's forward and backward, then fwd, dq and dkdv, at each head dim."""
-    target, cases = target_for(arch), []
+def launches_of(arch: str) -> list[tuple[str, Launch, int]]:
+    """(name, launch, multiply-adds of a turn): the tutorial's forward and backward, then fwd, dq and dkdv, by head dim."""
+    target, found = target_for(arch), []
     for d in HEAD_DIMS:
         tiles = {"fwd": _FORWARD[arch, d], "bwd": _BACKWARD.get(arch, _BACKWARD["sm_80"])}
         with record_launches(target) as launches:
             tutorial_attention(torch.empty(2, HEADS, TOKENS, d, dtype=torch.bfloat16, device="meta"), tiles)
-        for kernel, products, launch in zip(("fwd", "bwd"), (2, 4), launches, strict=True):
+        named = [
+            (f"tutorial-{kernel}-d{d}", n, x) for kernel, n, x in zip(("fwd", "bwd"), (2, 4), launches, strict=True)
+        ]
+        ours = record_attention(target, d, tokens=TOKENS, kv_heads=HEADS)
+        named += [(f"{kernel}-d{d}", PRODUCTS[kernel], launch) for kernel, launch in ours.items()]
+        for name, products, launch in named:
             tile = launch.constexprs
-            fma = products * tile["BLOCK_M"] * tile["BLOCK_N"] * d
-            cases.append(dataclasses.replace(case_of(f"tutorial-{kernel}-d{d}", launch), tile_fma=fma))
-        for kernel, launch in record_attention(target, d, tokens=TOKENS, kv_heads=HEADS).items():
-            tile = launch.constexprs
-            fma = PRODUCTS[kernel] * tile["BLOCK_M"] * tile["BLOCK_N"] * d
-            cases.append(dataclasses.replace(case_of(f"{kernel}-d{d}", launch), tile_fma=fma))
-    return cases
+            found.append((name, launch, products * tile["BLOCK_M"] * tile["BLOCK_N"] * d))
+    return found
+
+
+def aot_cases(arch: str) -> list[AotCase]:
+    """The compilations of `launches_of`."""
+    return [dataclasses.replace(case_of(name, launch), tile_fma=fma) for name, launch, fma in launches_of(arch)]
+
+
+def label(arch: str, name: str, launch: Launch) -> str:
+    """The first columns of a row, which need no compiler."""
+    tile, config = launch.constexprs, launch.config
+    return f"| {arch} | {name} | {tile['BLOCK_M']}x{tile['BLOCK_N']} w{config.num_warps} s{config.num_stages} |"
 
 
 def table(arch: str) -> list[str]:
@@ -56,26 +73,37 @@ def table(arch: str) -> list[str]:
     from tests.aot.compile import measure_case
 
     rows = []
-    for case in aot_cases(arch):
-        metrics, tile = measure_case(case, arch), case.constexprs
+    for name, launch, fma in launches_of(arch):
+        metrics = measure_case(dataclasses.replace(case_of(name, launch), tile_fma=fma), arch)
         rows.append(
-            f"| {arch} | {case.name} | {tile['BLOCK_M']}x{tile['BLOCK_N']} w{case.num_warps} s{case.num_stages} | "
-            f"{metrics.registers} | {metrics.spills}/{metrics.loop_spills} | {metrics.shared // 1024} | "
-            f"{metrics.loop_instructions} | {metrics.cycles['issue'] / metrics.cycles['tensor']:.2f} | "
-            f"{metrics.pipe_share:.2f} |"
+            f"{label(arch, name, launch)} {metrics.registers} | {metrics.spills}/{metrics.loop_spills} | "
+            f"{metrics.shared // 1024} | {metrics.loop_instructions} | "
+            f"{metrics.cycles['issue'] / metrics.cycles['tensor']:.2f} | {metrics.pipe_share:.2f} |\n"
         )
     return rows
 
 
 def main() -> int:
-    """Print the table."""
+    """Write the table."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("expected no TRITON_INTERPRET in the environment; unset it", file=sys.stderr)
         return 2
-    print("| target | kernel | queries x keys | registers | spills/in loop | shared KiB | loop | issue/tensor | p |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for arch in sys.argv[1:] or ARCHS:
-        print("\n".join(table(arch)))
+    import triton
+
+    rows = [row for arch in ARCHS for row in table(arch)]
+    RESULTS.write_text(
+        f"""# Attention as Triton {triton.__version__} compiles it, beside the attention of Triton's tutorial
+
+Made by `python -m tests.aot.attention_peers`; do not edit. Nothing ran: these are counts of compiled code.
+
+Causal, bfloat16, 4096 tokens, no bias, one key head per query head. The tutorial's backward is one kernel for dq, dk and dv;
+its row shows the loop for dk and dv. w: warps, s: stages, loop: instructions of one turn of the main loop, issue/tensor: issue
+slots over cycles of the tensor pipe, p: the tensor pipe's share of the busiest pipe's cycles. 32 registers beside thousands of
+spills: ptxas gave up.
+
+{HEAD}{"".join(rows)}""",
+        encoding="utf-8",
+    )
     return 0
 
 

@@ -25,6 +25,7 @@ SHIPPED = (
     "fastpeft.kernels.aot_nf4",
     "fastpeft.kernels.aot_dora",
     "fastpeft.kernels.aot_rope",
+    "fastpeft.kernels.aot_attention",
 )
 DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 

@@ -18,6 +18,7 @@ KERNELS = {  # launcher: how many distinct compilations of it there are at least
     "lora_grad_x": 4,
     "lora_grad_a": 4,
     "lora_keep": 1,
+    "attention_dkdv": 2,
 }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft import LoraConfig
+from fastpeft.integrations.acceleration import apply
 from fastpeft.integrations.acceleration import mlp as part
 from fastpeft.layers import shared_input
 from fastpeft.ops import lora_mlp
@@ -30,9 +31,15 @@ def calls(monkeypatch):
     return one_op_calls(monkeypatch)
 
 
+@pytest.fixture
+def no_checkpointing(monkeypatch):
+    """A model whose layers cannot be checkpointed: "memory" is then the MLP's own."""
+    monkeypatch.setattr(apply, "checkpoint_layers", lambda ledger, core: False)
+
+
 @pytest.mark.parametrize("memory", lora_mlp.MEMORY)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_with_adapters(family, memory, calls):
+def test_families_with_adapters(family, memory, calls, no_checkpointing):
     model = adapted(family)
     if family == "t5":
         model.eval()  # its dropout between h and wo
@@ -203,6 +210,15 @@ def test_gradient_checkpointing(reentrant, calls):
     assert len(calls) == (2 if reentrant else 4)
 
 
+def test_checkpointed_layers_keep_what_is_balanced(calls):
+    """Within a layer that is computed again "memory" would compute gate and up a third time."""
+    model = adapted("llama").train()
+    want = step(model)
+    fastpeft.accelerate(model, parts=["mlp"], memory="memory")
+    assert_same(step(model), want)
+    assert [options["memory"] for options in calls] == ["balanced"] * 4  # two layers, forward pass and recomputation
+
+
 def kept_by(model, x):
     exempt = [x, *model.parameters(), *model.buffers()]
     with SavedBytes(exempt) as saved:
@@ -212,7 +228,7 @@ def kept_by(model, x):
     return total
 
 
-def test_what_is_kept(calls):
+def test_what_is_kept(calls, no_checkpointing):
     """Less by every policy, and by glu alone where the linears run their own forwards."""
     model = adapted("llama")
     module = mlps(model)[0]

@@ -1,4 +1,7 @@
-"""Bytes that the attention kernels ask for, against closed forms: one side once, the other side where a tile sees it."""
+"""Bytes that the attention kernels ask for, against closed forms: one side once, the other side where a tile sees it.
+
+A tile's rows past the end ask for the last row again: bytes asked are those of whole tiles, bytes fetched those that exist.
+"""
 
 import pytest
 import torch
@@ -19,16 +22,23 @@ def tile_of(kernel: str, call: AttentionCall):
     return choose_attention(kernel, INTERPRETER, D=D, dtype=torch.float32, call=call)
 
 
-def seen(tiled: int, other: int, block: int, other_block: int, before: int | None, after: int | None) -> int:
-    """Rows of the other side that all tiles of one side visit: whole tiles, less what is past the end."""
-    total = 0
+def seen(
+    tiled: int, other: int, block: int, other_block: int, before: int | None, after: int | None
+) -> tuple[int, int]:
+    """Rows of the other side that all tiles of one side visit: in whole tiles, and those that exist."""
+    whole = existing = 0
     for first in range(0, tiled, block):
         last = min(first + block, tiled) - 1
         low = 0 if before is None else min(max(first + other - tiled - before, 0), other)
         high = other if after is None else min(max(last + other - tiled + after + 1, 0), other)
         begin, end = low // other_block * other_block, -(-high // other_block) * other_block
-        total += max(min(end, other) - begin, 0)
-    return total
+        whole += max(end - begin, 0)
+        existing += max(min(end, other) - begin, 0)
+    return whole, existing
+
+
+def whole_tiles(rows: int, block: int) -> int:
+    return -(-rows // block) * block
 
 
 CASES = [
@@ -50,38 +60,43 @@ def test_every_tile_that_is_read_is_seen(sq, sk, left, right, probe):
     attention_bwd(do, q, k, v, o, lse, call, with_keys=True, precision="ieee", **nothing)
     row = HEADS * D * SIZE  # bytes of one token of all query heads
     tile = tile_of("fwd", call)
-    keys = seen(sq, sk, tile.block_m, tile.block_n, left, right) * row
+    whole, existing = seen(sq, sk, tile.block_m, tile.block_n, left, right)
+    own = whole_tiles(sq, tile.block_m)
     assert probe.bytes_asked(0) == {
-        ("q_ptr", "load"): sq * row,
-        ("k_ptr", "load"): keys,
-        ("v_ptr", "load"): keys,
+        ("q_ptr", "load"): own * row,
+        ("k_ptr", "load"): whole * row,
+        ("v_ptr", "load"): whole * row,
         ("o_ptr", "store"): sq * row,
         ("lse_ptr", "store"): lse.numel() * STATISTIC,
     }
+    assert fetched(probe.launches[0], "q", "k", "v") == [sq * row, existing * row, existing * row]
     tile = tile_of("dq", call)
-    keys = seen(sq, sk, tile.block_m, tile.block_n, left, right) * row
+    whole, existing = seen(sq, sk, tile.block_m, tile.block_n, left, right)
+    own = whole_tiles(sq, tile.block_m)
     assert probe.bytes_asked(1) == {
-        **{(f"{name}_ptr", "load"): sq * row for name in ("q", "o", "do")},
-        ("k_ptr", "load"): keys,
-        ("v_ptr", "load"): keys,
+        **{(f"{name}_ptr", "load"): own * row for name in ("q", "o", "do")},
+        ("k_ptr", "load"): whole * row,
+        ("v_ptr", "load"): whole * row,
         ("lse_ptr", "load"): lse.numel() * STATISTIC,
         ("delta_ptr", "store"): lse.numel() * STATISTIC,
         ("dq_ptr", "store"): sq * row,
     }
+    assert fetched(probe.launches[1], "q", "o", "do", "k", "v") == [sq * row] * 3 + [existing * row] * 2
     tile = tile_of("dkdv", call)
-    queries = seen(sk, sq, tile.block_n, tile.block_m, right, left)
-    asked = probe.bytes_asked(2)
-    statistics = [asked.pop((f"{name}_ptr", "load")) for name in ("lse", "delta")]
-    own = KV_HEADS * sk * D * SIZE
-    assert asked == {
-        ("k_ptr", "load"): own,
-        ("v_ptr", "load"): own,
-        ("q_ptr", "load"): queries * row,
-        ("do_ptr", "load"): queries * row,
-        ("dk_ptr", "store"): own,
-        ("dv_ptr", "store"): own,
+    whole, existing = seen(sk, sq, tile.block_n, tile.block_m, right, left)
+    own = KV_HEADS * D * SIZE
+    assert probe.bytes_asked(2) == {
+        **{(f"{name}_ptr", "load"): whole_tiles(sk, tile.block_n) * own for name in ("k", "v")},
+        **{(f"{name}_ptr", "load"): whole * row for name in ("q", "do")},
+        **{(f"{name}_ptr", "load"): whole * HEADS * STATISTIC for name in ("lse", "delta")},
+        **{(f"{name}_ptr", "store"): sk * own for name in ("dk", "dv")},
     }
-    assert all(0 <= moved - queries * HEADS * STATISTIC < asked["q_ptr", "load"] // D for moved in statistics)
+    assert fetched(probe.launches[2], "k", "v", "q", "do") == [sk * own] * 2 + [existing * row] * 2
+
+
+def fetched(launch, *names: str) -> list[int]:
+    """Bytes that exist, of each tensor that the programs of `launch` load, once per program."""
+    return [launch.program_bytes((f"{name}_ptr", "load")) for name in names]
 
 
 def test_causal_reads_about_half(probe):

@@ -10,5 +10,6 @@ A module is replaced by giving it another class, a subclass of its own: tensors,
 
 from fastpeft.integrations.acceleration.apply import accelerate, restore
 from fastpeft.integrations.acceleration.ledger import Acceleration
+from fastpeft.integrations.acceleration.peft_lora import accelerate_new_layers
 
-__all__ = ["Acceleration", "accelerate", "restore"]
+__all__ = ["Acceleration", "accelerate", "accelerate_new_layers", "restore"]

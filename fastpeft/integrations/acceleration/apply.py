@@ -15,6 +15,7 @@ from fastpeft.integrations.acceleration.loss import replace_loss
 from fastpeft.integrations.acceleration.mlp import replace_mlp
 from fastpeft.integrations.acceleration.norm import replace_norms
 from fastpeft.integrations.acceleration.offload import offload_activations
+from fastpeft.integrations.acceleration.peft_lora import replace_lora
 from fastpeft.integrations.acceleration.rope import replace_rope
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Walk:
 
     model: what the user passed; core: the transformers model in it; family: its row; ledger: where to record
     memory: "speed" keeps what backward needs, "balanced" computes elementwise results again, "memory" also products
-    impl: implementation of the ops
+    impl, exact: implementation of the ops, and whether what adapters hold in a wider dtype is multiplied in it
     """
 
     model: nn.Module
@@ -38,9 +39,11 @@ class Walk:
     ledger: Acceleration
     memory: str
     impl: str
+    exact: bool
 
 
 PARTS: dict[str, Callable[[Walk], None]] = {
+    "lora": replace_lora,
     "attention": replace_attention,
     "rope": replace_rope,
     "norm": replace_norms,
@@ -57,6 +60,7 @@ def accelerate(
     memory: str = "balanced",
     offload: bool = False,
     impl: str = "auto",
+    exact: bool = False,
 ) -> Acceleration:
     """Make the training step of a transformers model fast and small in place, without changing what it computes.
 
@@ -65,6 +69,7 @@ def accelerate(
     memory: "speed" keeps what backward needs, "balanced" computes elementwise results again; "memory" also products, and turns
     gradient checkpointing of the layers on where the model has it
     offload: hold what is kept for backward in CPU memory, where the model is on a GPU
+    exact: take low-rank products in the adapters' own float32 over a bfloat16 model; else they are rounded to bfloat16
     Returns the ledger: its report() prints what was replaced, what was not, and why.
     A model that is accelerated already is restored first, so that a call after new adapters finds them too.
     Raises:  TypeError for a model that holds no transformers model; ValueError for an unknown part or memory policy
@@ -82,17 +87,16 @@ def accelerate(
         raise ValueError(f"accelerate: expected memory in {MEMORY}, got {memory!r}")
     restore(model)
     ledger = Acceleration(model)
-    walk = Walk(
-        model, core, FAMILIES.get(core.config.model_type, Family(rotary=None, decoder=None)), ledger, memory, impl
-    )
+    family = FAMILIES.get(core.config.model_type, Family(rotary=None, decoder=None))
     model.__dict__[LEDGER] = ledger
     with contextlib.ExitStack() as undo:
         undo.callback(ledger.restore)
+        if memory == "memory" and checkpoint_layers(ledger, core):
+            memory = "balanced"  # within a layer: what is computed again there is not computed a third time
+        walk = Walk(model, core, family, ledger, memory, impl, exact)
         for name, apply in PARTS.items():
             if name in chosen:
                 apply(walk)
-        if memory == "memory":
-            checkpoint_layers(ledger, core)
         if offload:
             offload_activations(ledger, core)
         undo.pop_all()  # nothing failed

@@ -10,8 +10,8 @@ from fastpeft.integrations.acceleration.ledger import Acceleration
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-def checkpoint_layers(ledger: Acceleration, core: nn.Module) -> None:
-    """Turn gradient checkpointing on, non-reentrant, until restore; a user's own setting stays.
+def checkpoint_layers(ledger: Acceleration, core: nn.Module) -> bool:
+    """Turn gradient checkpointing on, non-reentrant, until restore; a user's own setting stays. True if it is on now.
 
     transformers' modules read two attributes of their own. They are set here instead of by gradient_checkpointing_enable,
     which also hooks the input embeddings: reentrant checkpointing needs that, and it would outlast its undoing.
@@ -19,16 +19,16 @@ def checkpoint_layers(ledger: Acceleration, core: nn.Module) -> None:
     modules = [module for module in core.modules() if hasattr(module, "gradient_checkpointing")]
     if any(module.gradient_checkpointing for module in modules):
         ledger.note("gradient checkpointing: on before, left as it was")
-        return
+        return True
     if not modules or not core.supports_gradient_checkpointing:
         ledger.note(f"gradient checkpointing: {type(core).__name__} does not support it")
-        return
+        return False
     refused = [name for name, config in _adapters(ledger.model).items() if not _works(config)]
     if refused:
         ledger.note(
             f"gradient checkpointing: off, adapter {refused[0]!r} keeps its keys in the cache that it switches off"
         )
-        return
+        return False
     before = [
         (module, {name: module.__dict__[name] for name in _ATTRIBUTES if name in module.__dict__}) for module in modules
     ]
@@ -45,6 +45,7 @@ def checkpoint_layers(ledger: Acceleration, core: nn.Module) -> None:
         module.gradient_checkpointing = True
         module._gradient_checkpointing_func = run
     ledger.note("gradient checkpointing: on for every layer, non-reentrant")
+    return True
 
 
 def _adapters(model: nn.Module) -> dict:

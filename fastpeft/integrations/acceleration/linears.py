@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fastpeft.integrations.acceleration.ledger import Acceleration
 from fastpeft.layers.base_weight import (
+    READING,
     compute_dtype,
     frozen_weight,
     is_linear_4bit,
@@ -22,6 +24,23 @@ from fastpeft.layers.base_weight import (
 from fastpeft.layers.linear_adapter import is_plain_linear, is_untouched
 from fastpeft.layers.shared_input import Call
 from fastpeft.ops.lora_group import Projection
+
+_CPU_PACKING = "support_avx512bf16_for_cpu"  # bitsandbytes' switch for repacking 4-bit weights
+
+
+def undo_reading(ledger: Acceleration, linear: nn.Module) -> None:
+    """At restore a quantised linear loses what reading its weight leaves on it: the reading, the switch against repacking.
+
+    Call it before the first reading.
+    """
+    before = {name: linear.__dict__[name] for name in (READING, _CPU_PACKING) if name in linear.__dict__}
+
+    def undo():
+        for name in (READING, _CPU_PACKING):
+            linear.__dict__.pop(name, None)
+        linear.__dict__.update(before)
+
+    ledger.undo_by(undo)
 
 
 def call_of(module: nn.Module, x: torch.Tensor) -> Call | None:

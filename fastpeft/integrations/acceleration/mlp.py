@@ -15,8 +15,7 @@ from torch import nn
 
 from fastpeft.integrations.acceleration.activations import activation_of
 from fastpeft.integrations.acceleration.ledger import Accelerated, own_class
-from fastpeft.integrations.acceleration.linears import call_of, options_of
-from fastpeft.layers.base_weight import READING, is_linear_4bit
+from fastpeft.integrations.acceleration.linears import call_of, options_of, undo_reading
 from fastpeft.layers.linear_adapter import is_untouched
 from fastpeft.ops.glu import glu
 from fastpeft.ops.lora_mlp import lora_glu_mlp
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 PART = "mlp"
 
-CPU_PACKING = "support_avx512bf16_for_cpu"
 """The switch that keep_unpacked turns off on a Linear4bit."""
 
 
@@ -228,17 +226,4 @@ def replace_mlp(walk: "Walk") -> None:
         if walk.ledger.swap(path, module, FastGatedMLP, PART, _fastpeft_mlp=plan):
             for name in (layout.gate, layout.up, layout.down):
                 if name is not None:
-                    _undo_reading(walk, getattr(module, name))
-
-
-def _undo_reading(walk: "Walk", linear: nn.Module) -> None:
-    """What reading a frozen 4-bit linear leaves on it goes at restore: the reading, and the switch against repacking."""
-    if not is_linear_4bit(linear):
-        return
-    before = {name: linear.__dict__[name] for name in (READING, CPU_PACKING) if name in linear.__dict__}
-
-    def undo():
-        linear.__dict__.pop(READING, None)
-        linear.__dict__.update(before)
-
-    walk.ledger.undo_by(undo)
+                    undo_reading(walk.ledger, getattr(module, name))
