@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastpeft import backend
 from fastpeft.ops.weights import QuantizedWeight
 
-
 _READ = (torch.int64, torch.int32, torch.bool)
 
 _F = TypeVar("_F", bound=Callable)

@@ -47,7 +47,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that lived at one time. parts: bytes by kind, which add up to nbytes; where: (phase, operator) of its last birth."""
+    """The most that lived at one time. parts: bytes by kind, which add up to nbytes; where: (phase, operator) that reached it."""
 
     nbytes: int
     parts: dict[str, int] = field(default_factory=dict)
@@ -108,9 +108,9 @@ class LiveMemory(TorchDispatchMode):
                 self._see(tensor).kind = kind
 
     def mark_where(self, kind: str, holds) -> None:
-        """Say what all storages without a kind are for of which `holds(life)` is true."""
+        """Say what all storages are for of which `holds(life)` is true."""
         for life in self.lives:
-            if life.kind is None and holds(life):
+            if holds(life):
                 life.kind = kind
 
     def keep_for_backward(self) -> None:

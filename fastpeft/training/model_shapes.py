@@ -64,7 +64,7 @@ def config_of(model: str | os.PathLike | PreTrainedConfig) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise one_line(f"model {name}", error) from error
-    if path.is_dir() or name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    if path.is_dir() or (name.count("/") == 1 and not name.startswith((".", "~", "/"))):
         return load_config(name)
     near = near_matches([name.lower()], SHAPES)
     raise ValueError(

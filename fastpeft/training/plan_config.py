@@ -67,6 +67,8 @@ class PlanConfig:
     """A GPU's name, or its GiB: also find the largest batch at this length, and the longest row at batch 1."""
     allowance_gib: float = 1.0
     """GiB that are added for what is not modelled: the CUDA context, libraries' workspaces, fragmentation."""
+    every_layer: bool = False
+    """Run all layers, also where three runs with a few of them tell the rest."""
     compare_peft: bool = False
     """Also plan the same step with Hugging Face PEFT (LoRA and DoRA over full weights)."""
     json: bool = False

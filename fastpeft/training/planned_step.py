@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,12 +34,16 @@ H100 = backend.GpuFacts("NVIDIA H100", "sm_90", 132, 1.98e9, 3.35e12, 50 * 2.0**
 """The GPU that algorithms and tiles are chosen for: what they need besides a step's tensors differs little between GPUs."""
 
 ANY_STEPS = 10**9
+_FIRST_LAYER = re.compile(r"\.0\.")
+
+
+PARTS = ("forward", "backward", "end of backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class StepPeaks:
-    """parts: the peak of each part of the second step (forward, two halves of backward, optimizer), one of which is the peak of
-    all; trainable, total: numbers of parameters; accelerated: what accelerate says it replaced"""
+    """parts: the peak in each of PARTS of the second step; trainable, total: numbers of parameters; accelerated: what accelerate
+    says it replaced"""
 
     parts: tuple[Peak, ...]
     trainable: int
@@ -49,25 +55,32 @@ class StepPeaks:
         return max(self.parts, key=lambda peak: peak.nbytes)
 
 
-def fake_step(
-    options: PlanConfig, config: PreTrainedConfig, *, batch_size: int, seq_len: int, layers: int | None = None
-):
-    """StepPeaks of two training steps on fake tensors; layers: how many of the model's to build, None for all."""
-    config = copy.deepcopy(config)
-    if layers is not None:
-        config.num_hidden_layers = layers
-    with _rehearsal(options.device):
-        model = build(options, config)
-        return run_steps(model, options, batch_size=batch_size, seq_len=seq_len)
+class FakeModel:
+    """A model of a config without weights, with its adapter in it. layers: how many of the model's, None for all."""
+
+    def __init__(self, options: PlanConfig, config: PreTrainedConfig, layers: int | None = None):
+        self.options, self._mode = options, FakeTensorMode()
+        config = copy.deepcopy(config)
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        with _rehearsal(options.device, self._mode):
+            self.model = build(options, config)
+
+    def step(self, batch_size: int, seq_len: int) -> StepPeaks:
+        """Two training steps."""
+        with _rehearsal(self.options.device, self._mode):
+            return run_steps(self.model, self.options, batch_size=batch_size, seq_len=seq_len)
 
 
 @contextlib.contextmanager
-def _rehearsal(device: str) -> Iterator[None]:
+def _rehearsal(device: str, mode: FakeTensorMode) -> Iterator[None]:
     """Inside, tensors have sizes alone, and ops do what they would do on `device` but for the launches."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(mode)
         stack.enter_context(no_init_weights())
         stack.enter_context(backend.rehearsal(device, H100 if device == "cuda" else None))
         if device == "cuda" and backend.triton_installed():
@@ -124,8 +137,9 @@ def run_steps(
     inputs = _batch(model, options, batch_size, seq_len)
     memory.mark(inputs.values(), BATCH)
     optimizer = _optimizer(options)(trained, lr=1e-4)
-    with memory, memory.watching_modules(), own_scratch() as scratch:
+    with memory, memory.watching_modules(), own_scratch() as scratch, _arrivals(memory, trained) as arrived:
         for _ in range(2):
+            arrived.clear()
             marks = [memory.now]
             memory.phase = "forward"
             with autocast(device, options.bf16):
@@ -137,7 +151,7 @@ def run_steps(
             loss.backward()
             del loss
             memory.mark([parameter.grad for parameter in trained], GRADIENTS)
-            marks += [(marks[-1] + memory.now) // 2, memory.now]
+            marks.append(memory.now)
             memory.phase = "optimizer"
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -147,9 +161,34 @@ def run_steps(
     columns = getattr(_core(model).config.get_text_config(), "vocab_size", None)
     if columns:
         memory.mark_where(LOGITS, lambda life: _is_logits(life, columns))
-    parts = tuple(memory.peak(first, last) for first, last in zip(marks, marks[1:]))
+    forward, backward, step = itertools.pairwise(marks)
+    ending = (_last_layer(model, arrived, backward[1]), backward[1])
+    parts = tuple(memory.peak(*span) for span in (forward, backward, ending, step))
     numbers = [parameter.numel() for parameter in trained]
     return StepPeaks(parts, sum(numbers), _numel(model), "" if acceleration is None else acceleration.summary())
+
+
+@contextlib.contextmanager
+def _arrivals(memory: LiveMemory, trained: list[nn.Parameter]) -> Iterator[list[int]]:
+    """The numbers of the events at which gradients are complete."""
+    arrived: list[int] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _: arrived.append(memory.now)) for parameter in trained
+    ]
+    try:
+        yield arrived
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _last_layer(model: nn.Module, arrived: list[int], end: int) -> int:
+    """The event at which the backward pass comes to layer 0: the others' gradients are there. `end` where none says."""
+    own = sum(
+        parameter.requires_grad and _FIRST_LAYER.search(name) is not None
+        for name, parameter in model.named_parameters()
+    )
+    return arrived[-own - 1] if 0 < own < len(arrived) else end
 
 
 def _is_logits(life, columns: int) -> bool:
