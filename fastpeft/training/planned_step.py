@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
 from fastpeft import backend
@@ -82,6 +82,7 @@ def _rehearsal(device: str, mode: FakeTensorMode) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(mode)
         stack.enter_context(no_init_weights())
+        stack.enter_context(_rows_unpacked())
         stack.enter_context(backend.rehearsal(device, H100 if device == "cuda" else None))
         if device == "cuda" and backend.triton_installed():
             from fastpeft.kernels.launch import rehearse_launches
@@ -89,6 +90,18 @@ def _rehearsal(device: str, mode: FakeTensorMode) -> Iterator[None]:
 
             stack.enter_context(rehearse_launches(Target(H100.arch, H100.processors)))
         yield
+
+
+@contextlib.contextmanager
+def _rows_unpacked() -> Iterator[None]:
+    """Inside, transformers takes every row for one sequence. It would read the positions to see, and where it cannot, make a
+    mask of all pairs of tokens."""
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
