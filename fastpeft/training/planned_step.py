@@ -82,6 +82,7 @@ def _rehearsal(device: str, mode: FakeTensorMode) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(mode)
         stack.enter_context(no_init_weights())
+        stack.enter_context(own_scratch())  # a buffer of fake bytes must not outlast this
         stack.enter_context(_rows_unpacked())
         stack.enter_context(backend.rehearsal(device, H100 if device == "cuda" else None))
         if device == "cuda" and backend.triton_installed():
