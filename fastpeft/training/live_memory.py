@@ -10,15 +10,13 @@ the step runs: what a storage was for is often known only later, so that is said
 The cost is linear in operators. What an operator allocates and frees inside itself is not seen.
 """
 
-import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -45,6 +43,11 @@ class Life:
         return self.born <= event and (self.died is None or self.died > event)
 
 
+def _recomputes() -> bool:
+    """Whether, in a backward pass, checkpointing runs a part of the forward pass again: it holds what that saves by hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 @dataclass(frozen=True)
 class Peak:
     """The most that lived at one time. parts: bytes by kind, which add up to nbytes; where: (phase, operator) that reached it."""
@@ -69,7 +72,6 @@ class LiveMemory(TorchDispatchMode):
         self._references: dict[int, weakref.ref] = {}
         self._event = 0
         self._operator = ""
-        self._inside = 0  # forward calls of modules that run
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -87,7 +89,7 @@ class LiveMemory(TorchDispatchMode):
             return life
         self._event += 1
         nbytes = -(-storage.nbytes() // self.round_to) * self.round_to
-        recomputed = self._inside > 0 and self.phase == "backward"
+        recomputed = self.phase == "backward" and _recomputes()
         life = Life(nbytes, self._event, self.phase, self._operator, recomputed, tuple(tensor.shape))
         self.lives.append(life)
         self._of[key] = life
@@ -118,24 +120,6 @@ class LiveMemory(TorchDispatchMode):
         for life in self._of.values():
             if life.kind is None and life.phase == "forward":
                 life.kind = SAVED
-
-    @contextlib.contextmanager
-    def watching_modules(self) -> Iterator[None]:
-        """Inside, what is born in a module's forward during the backward pass counts as recomputed."""
-
-        def enter(module: nn.Module, inputs) -> None:
-            self._inside += 1
-
-        def leave(module: nn.Module, inputs, output) -> None:
-            self._inside -= 1
-
-        before = nn.modules.module.register_module_forward_pre_hook(enter)
-        after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
 
     # -- results --------------------------------------------------------------------------------------------------------
 

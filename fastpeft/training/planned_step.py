@@ -151,7 +151,7 @@ def run_steps(
     inputs = _batch(model, options, batch_size, seq_len)
     memory.mark(inputs.values(), BATCH)
     optimizer = _optimizer(options)(trained, lr=1e-4)
-    with memory, memory.watching_modules(), own_scratch() as scratch, _arrivals(memory, trained) as arrived:
+    with memory, own_scratch() as scratch, _arrivals(memory, trained) as arrived:
         for _ in range(2):
             arrived.clear()
             marks = [memory.now]
