@@ -113,30 +113,33 @@ def _line(parts: Sequence[Peak], ahead: float) -> Peak | None:
 def largest(fits: Callable[[int], int], start: int, limit: int) -> int:
     """The largest n of start..limit with fits(n) <= 0, where fits grows with n, almost along a line; 0 if start is too much.
 
-    Regula falsi with a step at least: each evaluation is placed where the line through the two ends crosses zero.
+    Each evaluation is placed where the line through the last two crosses zero, first outwards, then between the ends: there
+    every third one halves what is left.
     """
     low, at_low = start, fits(start)
     if at_low > 0:
         return 0
-    high, at_high = 2 * start, 0
-    while high < limit:
+    if start >= limit:
+        return start
+    high, step = min(start + 1, limit), 1
+    while True:
         at_high = fits(high)
         if at_high > 0:
             break
-        slope = max((at_high - at_low) / (high - low), 1.0)
-        low, at_low, high = high, at_high, high + max(1, int(-at_high / slope * 1.05))
-    if high >= limit:
-        high, at_high = limit, fits(limit)
-        if at_high <= 0:
+        if high == limit:
             return limit
+        slope = (at_high - at_low) / (high - low)
+        step *= 2
+        low, at_low = high, at_high
+        high = min(limit, high + max(step, int(-at_high / slope) + 1 if slope > 0 else limit))
+    turn = 0
     while high - low > 1:
-        crossing = low + int((high - low) * (-at_low) / (at_high - at_low))
-        middle = min(max(crossing, low + 1), high - 1)
+        turn += 1
+        between = (low + high) // 2 if turn % 3 == 0 else low + int((high - low) * -at_low / (at_high - at_low))
+        middle = min(max(between, low + 1), high - 1)
         at_middle = fits(middle)
         if at_middle > 0:
             high, at_high = middle, at_middle
         else:
             low, at_low = middle, at_middle
-            if high - low > 1 and fits(low + 1) > 0:
-                return low
     return low

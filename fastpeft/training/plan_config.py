@@ -113,6 +113,7 @@ def gpu_gib(gpu: str | float) -> float:
         .removeprefix("nvidia-")
         .removesuffix("gib")
         .removesuffix("gb")
+        .removesuffix("-")
     )
     by_name = {name: size for size, names in GPUS.items() for name in names}
     if text in by_name:

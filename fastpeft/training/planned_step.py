@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
@@ -81,6 +81,7 @@ def _rehearsal(device: str, mode: FakeTensorMode) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(mode)
+        stack.enter_context(FakeCopyMode(mode))  # a deep copy of a parameter stays of this mode
         stack.enter_context(no_init_weights())
         stack.enter_context(own_scratch())  # a buffer of fake bytes must not outlast this
         stack.enter_context(_rows_unpacked())

@@ -111,24 +111,26 @@ def test_the_allocator_says_the_same(name, checkpointing):
     ("method", "options", "tokens"),
     [
         ("lora", {"r": 8, "target_modules": "all-linear"}, 96),
-        ("lora", {"r": 64, "target_modules": "all-linear"}, 8),  # gradients outweigh activations: the peak is elsewhere
-        ("qlora", {"r": 8, "target_modules": "all-linear"}, 96),
-        ("ia3", {}, 96),
+        (
+            "qlora",
+            {"r": 64, "target_modules": "all-linear"},
+            8,
+        ),  # gradients outweigh activations: the peak is elsewhere
     ],
-    ids=["lora", "lora-short", "qlora", "ia3"],
+    ids=["lora", "qlora-short"],
 )
 def test_a_few_layers_tell_the_rest(method, options, tokens, checkpointing):
     common = {"batch_size": 2, "seq_len": tokens, "gradient_checkpointing": checkpointing, **options}
-    few = plan(llama(9), method, **common)
-    all_layers = plan(llama(9), method, every_layer=True, **common)
-    assert (few.layers_run, all_layers.layers_run) == (estimate.POINTS, (9,))
+    few = plan(llama(7), method, **common)
+    all_layers = plan(llama(7), method, every_layer=True, **common)
+    assert (few.layers_run, all_layers.layers_run) == (estimate.POINTS, (7,))
     assert few == all_layers.__class__(**{**vars(all_layers), "layers_run": few.layers_run, "options": few.options,
                                           "accelerated": few.accelerated})  # fmt: skip
 
 
 def test_layers_that_differ_are_all_run():
-    config = llama(9)
-    assert plan(config, "lora", r=4, seq_len=16, layers_to_transform=[0, 5]).layers_run == (9,)
+    config = llama(7)
+    assert plan(config, "lora", r=4, seq_len=16, layers_to_transform=[0, 5]).layers_run == (7,)
     assert plan(llama(5), "lora", r=4, seq_len=16).layers_run == (5,)
 
 
@@ -171,7 +173,7 @@ def test_an_8b_llama(quantization):
 def test_peft_takes_no_less():
     """Adapters in float32 over bfloat16: PEFT casts what they read, and keeps it."""
     own = {"r": 8, "target_modules": "all-linear", "batch_size": 4, "seq_len": 96}
-    found = plan(llama(9), compare_peft=True, **own)
+    found = plan(llama(7), compare_peft=True, **own)
     assert sum(found.peft.parts.values()) == found.peft.peak_bytes
     assert (found.peft.trainable, found.peft.total) == (found.trainable, found.total)
     assert found.peft.parts["saved activations"] > 1.2 * found.parts["saved activations"]
@@ -190,14 +192,15 @@ def test_a_gpu_plan_counts_the_kernels_allocations():
 
 def test_the_largest_that_fits_fits():
     own = {"r": 8, "target_modules": "all-linear", "seq_len": 96, "allowance_gib": 0.0}
-    found = plan(llama(9), gpu=str(64 / 1024), **own).largest
-    room = 64 * MIB
+    config = llama(2, max_position_embeddings=4096)
+    found = plan(config, gpu=str(32 / 1024), **own).largest
+    room = 32 * MIB
     assert 1 < found.batch_size < 4096
-    assert found.batch_bytes <= room < plan(llama(9), batch_size=found.batch_size + 1, **own).peak_bytes
-    assert plan(llama(9), batch_size=found.batch_size, **own).peak_bytes == found.batch_bytes
+    assert found.batch_bytes <= room < plan(config, batch_size=found.batch_size + 1, **own).peak_bytes
+    assert plan(config, batch_size=found.batch_size, **own).peak_bytes == found.batch_bytes
     assert found.seq_len % 64 == 0
-    longer = own | {"seq_len": found.seq_len + 64}
-    assert found.tokens_limited or found.seq_bytes <= room < plan(llama(9), **longer).peak_bytes
+    assert not found.tokens_limited
+    assert found.seq_bytes <= room < plan(config, **own | {"seq_len": found.seq_len + 64}).peak_bytes
 
 
 def test_a_gpu_that_is_too_small_holds_nothing():
@@ -221,7 +224,7 @@ def test_largest_is_the_last_that_fits(over, limit):
     expected = max((n for n in range(1, limit + 1) if over(n) <= 0), default=0)
     assert largest(fits, 1, limit) == expected
     assert max(calls) <= limit
-    assert len(set(calls)) <= 24
+    assert len(calls) <= 30  # 3 or 4 where it is a line
 
 
 def test_nothing_is_left_behind():
