@@ -23,7 +23,11 @@ from torch.utils._pytree import tree_iter
 ALLOCATION = 512
 """Bytes that PyTorch's CUDA allocator rounds every allocation up to."""
 
+BASE, STATISTICS, ADAPTERS, GRADIENTS = "base weights", "quantisation statistics", "adapter weights", "gradients"
+OPTIMIZER, LOGITS, BATCH = "optimizer state", "logits and loss", "batch"
 SAVED, RECOMPUTED, WORKSPACE = "saved activations", "recomputed activations", "workspace"
+KINDS = (BASE, STATISTICS, ADAPTERS, GRADIENTS, OPTIMIZER, SAVED, RECOMPUTED, LOGITS, WORKSPACE, BATCH)
+"""What a storage of a training step is for, in the order of a table."""
 
 
 @dataclass(slots=True, eq=False)

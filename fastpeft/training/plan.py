@@ -1,24 +1,21 @@
 """fastpeft.plan: peak memory of a training step, what it is made of, and what fits a GPU, for a model that is not here."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
-
-from fastpeft.integrations.transformers import longest_input
 from fastpeft.methods.by_name import check_fields, named_method
 from fastpeft.methods.config import PeftConfig
-from fastpeft.training.estimate import Estimate, Estimator, largest
-from fastpeft.training.live_memory import RECOMPUTED, SAVED, WORKSPACE
-from fastpeft.training.model_shapes import config_of
+from fastpeft.training.live_memory import KINDS
 from fastpeft.training.plan_config import GPUS, PlanConfig
-from fastpeft.training.planned_step import ADAPTERS, BASE, BATCH, GRADIENTS, LOGITS, OPTIMIZER, STATISTICS
 
-KINDS = (BASE, STATISTICS, ADAPTERS, GRADIENTS, OPTIMIZER, SAVED, RECOMPUTED, LOGITS, WORKSPACE, BATCH)
-"""What the bytes at the peak are, in the order of the table."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fastpeft.training.estimate import Estimate, Estimator
 
 GIB = 2**30
 ROWS_LIMIT, TOKENS_LIMIT, TOKENS_STEP = 4096, 2**20, 64
@@ -112,7 +109,7 @@ class Plan:
         return table(self)
 
 
-def plan(model: str | PreTrainedConfig, method: str | PeftConfig = "lora", **options: Any) -> Plan:
+def plan(model: "str | os.PathLike | PreTrainedConfig", method: str | PeftConfig = "lora", **options: Any) -> Plan:
     """Plan a training step of `model`, which is not loaded: only its config is read.
 
         print(plan("llama-3-70b", "qlora", r=16, seq_len=4096, gradient_checkpointing=True, gpu="h100").table())
@@ -122,7 +119,7 @@ def plan(model: str | PreTrainedConfig, method: str | PeftConfig = "lora", **opt
     options: fields of PlanConfig, or of the method's config
     Raises:  ValueError for a name that is neither, and for a model, GPU or option that is not known
     """
-    return make_plan(plan_config(model, method, options), model if isinstance(model, PreTrainedConfig) else None)
+    return make_plan(plan_config(model, method, options), None if isinstance(model, (str, os.PathLike)) else model)
 
 
 def plan_config(model: Any, method: str | PeftConfig, options: Mapping[str, Any]) -> PlanConfig:
@@ -138,12 +135,16 @@ def plan_config(model: Any, method: str | PeftConfig, options: Mapping[str, Any]
     training = {name: value for name, value in training.items() if name in of_plan}
     training |= {name: value for name, value in options.items() if name in of_plan}
     config = dataclasses.replace(method, **peft) if isinstance(method, PeftConfig) else kind(**peft)
-    name = model.model_type if isinstance(model, PreTrainedConfig) else str(model)
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model.model_type
     return PlanConfig(model=name, peft=config, **training)
 
 
-def make_plan(options: PlanConfig, config: PreTrainedConfig | None = None) -> Plan:
+def make_plan(options: PlanConfig, config: "PreTrainedConfig | None" = None) -> Plan:
     """The plan of `options`; config: the model's, where it is in memory already."""
+    from fastpeft.integrations.transformers import longest_input
+    from fastpeft.training.estimate import Estimator
+    from fastpeft.training.model_shapes import config_of
+
     start = time.perf_counter()
     config = config_of(options.model) if config is None else config
     positions = longest_input(config)
@@ -161,7 +162,7 @@ def make_plan(options: PlanConfig, config: PreTrainedConfig | None = None) -> Pl
     return dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
-def _plan_of(options: PlanConfig, estimate: Estimate) -> Plan:
+def _plan_of(options: PlanConfig, estimate: "Estimate") -> Plan:
     peak, allowance = estimate.peak, _allowance(options)
     fits = []
     for size, names in GPUS.items():
@@ -186,7 +187,7 @@ def _allowance(options: PlanConfig) -> int:
     return round(options.allowance_gib * GIB)
 
 
-def _largest(estimator: Estimator, options: PlanConfig, positions: int | None) -> Largest:
+def _largest(estimator: "Estimator", options: PlanConfig, positions: int | None) -> Largest:
     room = round(options.gpu_gib * GIB) - _allowance(options)
     longest = min(positions or TOKENS_LIMIT, TOKENS_LIMIT)
     steps = max(longest // TOKENS_STEP, 1)
@@ -199,6 +200,8 @@ def _largest(estimator: Estimator, options: PlanConfig, positions: int | None) -
 
     def tokens_over(step: int) -> int:
         return estimator.at(1, length(step)).peak.nbytes - room
+
+    from fastpeft.training.estimate import largest
 
     rows = largest(rows_over, 1, ROWS_LIMIT)
     step = largest(tokens_over, 1, steps)

@@ -20,15 +20,25 @@ from fastpeft import backend
 from fastpeft.integrations.acceleration import accelerate
 from fastpeft.layers.base_weight import frozen_weight, is_quantized
 from fastpeft.model import get_peft_model, prepare_for_training
+from fastpeft.ops.rehearsal import rehearsal
 from fastpeft.ops.weights import own_scratch
 from fastpeft.training.base_model import quantize_in_place
 from fastpeft.training.config import BaseOptions
-from fastpeft.training.live_memory import SAVED, WORKSPACE, LiveMemory, Peak
+from fastpeft.training.live_memory import (
+    ADAPTERS,
+    BASE,
+    BATCH,
+    GRADIENTS,
+    LOGITS,
+    OPTIMIZER,
+    SAVED,
+    STATISTICS,
+    WORKSPACE,
+    LiveMemory,
+    Peak,
+)
 from fastpeft.training.plan_config import PlanConfig
 from fastpeft.training.precision import autocast
-
-BASE, STATISTICS, ADAPTERS, GRADIENTS = "base weights", "quantisation statistics", "adapter weights", "gradients"
-OPTIMIZER, LOGITS, BATCH = "optimizer state", "logits and loss", "batch"
 
 H100 = backend.GpuFacts("NVIDIA H100", "sm_90", 132, 1.98e9, 3.35e12, 50 * 2.0**20)
 """The GPU that algorithms and tiles are chosen for: what they need besides a step's tensors differs little between GPUs."""
@@ -83,14 +93,8 @@ def _rehearsal(device: str, mode: FakeTensorMode) -> Iterator[None]:
         stack.enter_context(mode)
         stack.enter_context(FakeCopyMode(mode))  # a deep copy of a parameter stays of this mode
         stack.enter_context(no_init_weights())
-        stack.enter_context(own_scratch())  # a buffer of fake bytes must not outlast this
         stack.enter_context(_rows_unpacked())
-        stack.enter_context(backend.rehearsal(device, H100 if device == "cuda" else None))
-        if device == "cuda" and backend.triton_installed():
-            from fastpeft.kernels.launch import rehearse_launches
-            from fastpeft.kernels.tiling import Target
-
-            stack.enter_context(rehearse_launches(Target(H100.arch, H100.processors)))
+        stack.enter_context(rehearsal(device, H100 if device == "cuda" else None))
         yield
 
 

@@ -14,9 +14,9 @@ from fastpeft import backend
 from fastpeft.ops.nf4 import quantize_4bit
 from fastpeft.training import estimate
 from fastpeft.training.estimate import extrapolated, largest
-from fastpeft.training.live_memory import LiveMemory, Peak
+from fastpeft.training.live_memory import KINDS, LiveMemory, Peak
 from fastpeft.training.model_shapes import SHAPES, config_of
-from fastpeft.training.plan import KINDS, plan, plan_config
+from fastpeft.training.plan import plan, plan_config
 from fastpeft.training.plan_config import gpu_gib
 from fastpeft.training.planned_step import PARTS, FakeModel, StepPeaks, build, run_steps
 
