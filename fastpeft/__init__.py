@@ -77,6 +77,7 @@ _EXPORTS = {
     "inject_adapter_in_model": "fastpeft.model.plain",
     "load_peft_weights": "fastpeft.model.plain",
     "lora_linear": "fastpeft.ops.lora",
+    "plan": "fastpeft.training.plan",
     "prepare_for_training": "fastpeft.model",
     "prepare_model_for_kbit_training": "fastpeft.model",
     "quantize": "fastpeft.integrations.quantize",
@@ -156,6 +157,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "lora_linear",
+    "plan",
     "prepare_for_training",
     "prepare_model_for_kbit_training",
     "quantize",
@@ -236,6 +238,7 @@ if TYPE_CHECKING:
     from fastpeft.ops.rope_tables import RopeScaling
     from fastpeft.training.finetune import finetune
     from fastpeft.training.loraplus import create_loraplus_optimizer
+    from fastpeft.training.plan import plan
     from fastpeft.tuner.scaling import rescale_adapter_scale
 
 

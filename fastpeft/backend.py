@@ -10,10 +10,13 @@ Environment: FASTPEFT_IMPL replaces what `auto` means; TRITON_INTERPRET=1 (Trito
 the CPU, for tests; FASTPEFT_TUNE_DIR is where `fastpeft tune` keeps what it measured.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,39 @@ import torch
 IMPLEMENTATIONS = ("torch", "triton", "reference")
 GPU_DEVICE_TYPES = ("cuda", "xpu")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Rehearsal(threading.local):
+    device_type: str | None = None
+    facts: "GpuFacts | None" = None
+
+
+_rehearsal = _Rehearsal()
+
+
+@contextlib.contextmanager
+def rehearsal(device_type: str, facts: "GpuFacts | None" = None) -> Iterator[None]:
+    """Inside, in this thread, fake CPU tensors stand for tensors of a `device_type`, of which gpu_facts says `facts`.
+
+    Ops choose what they would choose there and run their own code, with every allocation that it makes; no value is read.
+    Kernels have to be kept from launching: fastpeft.kernels.launch.rehearse_launches.
+    """
+    before = _rehearsal.device_type, _rehearsal.facts
+    _rehearsal.device_type, _rehearsal.facts = device_type, facts
+    try:
+        yield
+    finally:
+        _rehearsal.device_type, _rehearsal.facts = before
+
+
+def rehearsing() -> bool:
+    """True inside `rehearsal`."""
+    return _rehearsal.device_type is not None
+
+
+def type_of(device: torch.device) -> str:
+    """device.type, or in a rehearsal that of the device that it stands for."""
+    return _rehearsal.device_type or device.type
 
 
 @functools.cache
@@ -44,14 +80,14 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     if impl == "auto":
         impl = os.environ.get("FASTPEFT_IMPL", "auto")
     if impl == "auto":
-        on_gpu = device.type in GPU_DEVICE_TYPES and triton_installed() and dtype in KERNEL_DTYPES
+        on_gpu = type_of(device) in GPU_DEVICE_TYPES and triton_installed() and dtype in KERNEL_DTYPES
         return "triton" if on_gpu else "torch"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
         if not triton_installed():
             raise NotImplementedError("impl='triton': triton is not installed; pip install triton, or use impl='torch'")
-        if device.type not in GPU_DEVICE_TYPES and not triton_interpreted():
+        if type_of(device) not in GPU_DEVICE_TYPES and not triton_interpreted():
             raise NotImplementedError(
                 f"impl='triton': expected tensors on one of {GPU_DEVICE_TYPES}, got {device.type}; "
                 "use impl='torch', or set TRITON_INTERPRET=1 before the start to interpret the kernels (tests only)"
@@ -65,7 +101,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def matmul_precision(device: torch.device) -> str:
     """How float32 products are taken in a Triton kernel, "ieee" or "tf32": what PyTorch's own matmul would do here."""
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    tf32 = type_of(device) == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 
@@ -98,6 +134,8 @@ class GpuFacts(NamedTuple):
 
 def gpu_facts(device: torch.device) -> GpuFacts:
     """Facts of a CUDA or ROCm device; of any other device its name, with zeros."""
+    if _rehearsal.facts is not None:
+        return _rehearsal.facts
     if device.type != "cuda":
         name = platform.processor() or platform.machine() if device.type == "cpu" else device.type
         return GpuFacts(name, device.type, 1, 0.0, 0.0, 0.0)

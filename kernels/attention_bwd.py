@@ -53,8 +53,7 @@ def attention_bwd(
     if bias_shape is not None and dbias is None:
         dbias = attention_dbias(q, k, v, do, lse, delta, call, shape=bias_shape, precision=precision)
     if with_sinks:  # the sink's weight has no value: its gradient is -p_sink * delta
-        share = torch.exp2(
-            call.sinks.float()[:, None] * LOG2E.value - lse[..., :sq]
-        )  # delta has no more rows than tiles
-        dsinks = -(share * delta[..., :sq]).sum((0, 2))
+        # delta has no more rows than tiles; in float64, since the sums cancel and are few
+        share = torch.exp2(call.sinks.double()[:, None] * LOG2E.value - lse[..., :sq])
+        dsinks = -(share * delta[..., :sq]).sum((0, 2)).float()
     return AttentionGrads(dq, dk, dv, dbias, ddistances, dsinks)

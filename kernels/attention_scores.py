@@ -106,21 +106,15 @@ def load_turned(
         HALF: tl.constexpr = BLOCK_D // 2
         offs_r = tl.arange(0, ROWS)
         offs_d = tl.arange(0, BLOCK_D)
+        if MASKED:
+            offs_r = tl.minimum(offs_r, end - 1 - first)
         base = tl.cast(first, tl.int64)
         row = ptr + base * stride + offs_r[:, None] * stride
         at = base * stride_rm + offs_r[:, None] * stride_rm + (offs_d % HALF)[None, :]
-        other = ((offs_d + HALF) % BLOCK_D)[None, :]
-        if MASKED:
-            mask = (offs_r < end - first)[:, None]
-            x = tl.load(row + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-            y = tl.load(row + other, mask=mask, other=0.0).to(tl.float32)
-            cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        else:
-            x = tl.load(row + offs_d[None, :]).to(tl.float32)
-            y = tl.load(row + other).to(tl.float32)
-            cos = tl.load(cos_ptr + at).to(tl.float32)
-            sin = tl.load(sin_ptr + at).to(tl.float32)
+        x = tl.load(row + offs_d[None, :]).to(tl.float32)
+        y = tl.load(row + ((offs_d + HALF) % BLOCK_D)[None, :]).to(tl.float32)
+        cos = tl.load(cos_ptr + at).to(tl.float32)
+        sin = tl.load(sin_ptr + at).to(tl.float32)
         sin = tl.where((offs_d < HALF)[None, :], -sin, sin)
         x = (x * cos + y * sin).to(ptr.dtype.element_ty)
     return x

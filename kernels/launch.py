@@ -32,7 +32,7 @@ class Launch:
 @dataclass(frozen=True)
 class _Recording:
     target: Target
-    launches: list[Launch]
+    launches: list[Launch] | None
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
@@ -67,6 +67,8 @@ def launch(kernel, grid: tuple[int, ...], config: TileConfig, *args, **constexpr
     """
     recording = _recording.get()
     if recording is not None:
+        if recording.launches is None:
+            return
         recording.launches.append(Launch(kernel, grid, args, constexprs, config))
         return
     with _device_of(getattr(args[0], "base", args[0])):
@@ -88,6 +90,16 @@ def record_launches(target: Target) -> Iterator[list[Launch]]:
     token = _recording.set(_Recording(target, launches))
     try:
         yield launches
+    finally:
+        _recording.reset(token)
+
+
+@contextlib.contextmanager
+def rehearse_launches(target: Target) -> Iterator[None]:
+    """Launch nothing inside the block and keep nothing: the launchers allocate, on whatever tensors they are given."""
+    token = _recording.set(_Recording(target, None))
+    try:
+        yield
     finally:
         _recording.reset(token)
 

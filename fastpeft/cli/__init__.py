@@ -1,4 +1,4 @@
-"""The command line: fastpeft train | evaluate | predict | merge | inspect | tune | demo.
+"""The command line: fastpeft train | evaluate | predict | merge | inspect | plan | tune | demo.
 
 Progress and messages go to standard error; the last line on standard output is one JSON object of results.
 Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted.
@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "labels or responses of an adapter for new rows or texts",
     "merge": "adapter + base model -> one plain transformers model",
     "inspect": "what an adapter holds, or what a config would train in a model",
+    "plan": "peak memory of a training step, what it is made of, and which GPUs it fits",
     "tune": "measure on this machine which algorithms are fastest for a model's linears",
     "demo": "a complete example: data, training, metrics, report",
 }

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import QuantState, get_4bit_type
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpeft.layers.base_weight import (
     frozen_weight,
@@ -43,7 +44,7 @@ def linear_of(
 ) -> Linear4bit | Linear8bitLt:
     """The bitsandbytes module that holds a quantised weight, frozen; compute_dtype: of a Linear4bit's products, None for x's."""
     n, k = weight.shape
-    with torch.device("meta"):  # no data is made that would be thrown away
+    with _disable_current_modes(), torch.device("meta"):  # no data is made that would be thrown away
         if isinstance(weight, Int8Weight):
             linear = Linear8bitLt(k, n, bias is not None, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
         else:

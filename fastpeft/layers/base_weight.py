@@ -17,6 +17,7 @@ from torch import nn
 
 from fastpeft.ops.int8 import Int8Weight, quantize_int8
 from fastpeft.ops.nf4 import NestedAbsmax, NF4Weight, quantize_4bit
+from fastpeft.ops.tracing import address, is_fake
 from fastpeft.ops.weights import FrozenWeight
 
 
@@ -84,7 +85,7 @@ def frozen_weight(base_layer: nn.Module) -> FrozenWeight:
     if known is not None and known.is_of(weight, state):
         return known.weight
     read = _read_4bit(base_layer, state) if is_linear_4bit(base_layer) else _read_int8(base_layer, state)
-    setattr(base_layer, READING, _Reading(read, state, _statistics(state), weight.data_ptr()))
+    setattr(base_layer, READING, _Reading(read, state, _statistics(state), address(weight)))
     return read
 
 
@@ -102,7 +103,7 @@ class _Reading(NamedTuple):
     def is_of(self, weight: nn.Parameter, state: Any) -> bool:
         if self.state is not state or self.statistics is not _statistics(state):
             return False
-        return torch.compiler.is_compiling() or self.address == weight.data_ptr()  # torch.compile knows no addresses
+        return torch.compiler.is_compiling() or self.address == address(weight)  # torch.compile knows no addresses
 
 
 READING = "_fastpeft_reading"
@@ -292,6 +293,10 @@ def quant_state(weight: NF4Weight, kind: type, code: torch.Tensor) -> Any:
 
 def packed_parameter(weight: NF4Weight, state: Any, kind: type, storage: torch.dtype = torch.uint8) -> nn.Parameter:
     """bitsandbytes' Params4bit (`kind`) on the storage of a packed weight; storage: the dtype it shows its bytes in."""
+    if is_fake(weight.packed):  # which no other class can be made of
+        parameter = nn.Parameter(weight.packed.view(storage).view(-1, 1), requires_grad=False)
+        parameter.quant_state = state
+        return parameter
     return kind(
         data=weight.packed.view(storage).view(-1, 1),
         requires_grad=False,
@@ -306,4 +311,8 @@ def packed_parameter(weight: NF4Weight, state: Any, kind: type, storage: torch.d
 
 def int8_parameter(weight: Int8Weight, kind: type) -> nn.Parameter:
     """bitsandbytes' Int8Params (`kind`) on the storage of an int8 weight."""
+    if is_fake(weight.q):
+        parameter = nn.Parameter(weight.q, requires_grad=False)
+        parameter.CB, parameter.SCB = weight.q, weight.row_absmax
+        return parameter
     return kind(weight.q, requires_grad=False, has_fp16_weights=False, CB=weight.q, SCB=weight.row_absmax)

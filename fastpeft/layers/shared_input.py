@@ -25,7 +25,7 @@ from torch import nn
 
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.lora_group import Projection, lora_linear_group
-from fastpeft.ops.tracing import traced, transformed
+from fastpeft.ops.tracing import address, is_fake, traced, transformed
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
 def _mark(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.data_ptr(), 0 if value.is_inference() else value._version, value.requires_grad
+        return address(value), 0 if value.is_inference() else value._version, value.requires_grad
     return value if value is None or isinstance(value, (int, float)) else id(value)
 
 
@@ -195,7 +195,7 @@ def forward(layer: nn.Module, call: Call, x: torch.Tensor) -> torch.Tensor:
     followers, current = layer.followers, _state.input
     if not _state.enabled or (followers is None and current is None):
         return call.run(x)[0]
-    if type(x) is not torch.Tensor or traced(x) or transformed() or x.is_inference():
+    if (type(x) is not torch.Tensor and not is_fake(x)) or traced(x) or transformed() or x.is_inference():
         return call.run(x)[0]
     if current is not None:
         y = current.take(layer, call, x)

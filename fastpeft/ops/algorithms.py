@@ -171,6 +171,9 @@ def nearest(problem: Problem, table: dict) -> dict[str, float]:
 def algorithm_for(problem: Problem, device: torch.device, *, in_loop: bool = False) -> str:
     """The algorithm of `problem` on `device`; the answer is remembered per power of two of rows."""
     rows = 1 << max(problem.m - 1, 0).bit_length()
+    if backend.rehearsing():  # of a device that is not here: by the model alone, and not to be remembered
+        machine = _machine.__wrapped__(device)
+        return choose_algorithm(replace(problem, m=rows), candidates(problem, in_loop=in_loop), machine)
     return _chosen(replace(problem, m=rows), device.type, device.index, in_loop)
 
 

@@ -23,7 +23,7 @@ from fastpeft import backend
 from fastpeft.ops import cross_entropy_torch, cross_entropy_triton
 from fastpeft.ops.cross_entropy_torch import Terms, wide
 from fastpeft.ops.first_order import first_order_only
-from fastpeft.ops.tracing import transformed
+from fastpeft.ops.tracing import has_values, transformed
 from fastpeft.reference import cross_entropy as reference
 
 PASSES = {"torch": cross_entropy_torch, "triton": cross_entropy_triton}
@@ -32,11 +32,13 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def in_chunks(x, w, bias, labels, terms: Terms, impl: str, needs, factor, weights):
     """(losses [M], dx, dw, dbias) of x [M, K]; the gradients are of sum(factor weights losses), None where not needed."""
-    is_fake = _is_fake(x)
-    passes = cross_entropy_torch if is_fake else PASSES[impl]
+    valueless = not has_values(x)
+    passes = cross_entropy_torch if valueless and not backend.rehearsing() else PASSES[impl]
     (m, _), v, to = x.shape, w.shape[0], wide(x.dtype)
     need_x, need_w, need_bias = needs
-    index = None if is_fake or x.device.type != "cpu" or impl != "torch" else _kept_rows(labels, v, terms.ignore_index)
+    index = (
+        None if valueless or x.device.type != "cpu" or impl != "torch" else _kept_rows(labels, v, terms.ignore_index)
+    )
     count = m if index is None else len(index)
     losses = torch.zeros(m, dtype=to, device=x.device)
     dx = None
@@ -64,11 +66,8 @@ def in_chunks(x, w, bias, labels, terms: Terms, impl: str, needs, factor, weight
             dw += torch.mm(dz.t(), xs)
         if need_bias:
             dbias += dz.sum(0, dtype=to)
+        del logits, dz  # before the next chunk's are made
     return losses, dx, None if dw is None else dw.to(w.dtype), None if dbias is None else dbias.to(bias.dtype)
-
-
-def _is_fake(x: torch.Tensor) -> bool:
-    return x.is_meta or (type(x) is not torch.Tensor and hasattr(x, "fake_mode"))
 
 
 def _kept_rows(labels: torch.Tensor, v: int, ignore_index: int) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ so on an H100 (295), and more rows only take more memory. On CUDA logits of half
 
 import torch
 
+from fastpeft import backend
 from fastpeft.ops.cross_entropy_torch import Terms
 
 ROWS = 256
@@ -15,7 +16,11 @@ MIN_ROWS = 64
 
 def _keeps_float32(like: torch.Tensor) -> bool:
     """cuBLAS returns float32 of half-precision factors; PyTorch does not offer it for ROCm."""
-    return like.device.type == "cuda" and torch.version.hip is None and like.dtype in (torch.float16, torch.bfloat16)
+    return (
+        backend.type_of(like.device) == "cuda"
+        and torch.version.hip is None
+        and like.dtype in (torch.float16, torch.bfloat16)
+    )
 
 
 def scratch(rows: int, v: int, like: torch.Tensor) -> torch.Tensor:

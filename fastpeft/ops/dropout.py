@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastpeft import backend
+
 LEVELS = 65536  # values of the 16 bits that decide one element
 _CHUNK = 2**18  # elements of a mask that are drawn at once
 
@@ -22,6 +24,8 @@ def threshold_of(p: float) -> int:
 
 def draw_seed() -> int:
     """63 bits from torch's default CPU generator: reproducible by torch.manual_seed, replayed by gradient checkpointing."""
+    if backend.rehearsing():
+        return 0
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
@@ -30,6 +34,9 @@ class Draws:
 
     def __init__(self, seed: int, device: torch.device):
         self.device = device
+        self._generator: np.random.Generator | torch.Generator | None = None
+        if backend.rehearsing():
+            return
         if device.type == "cpu":
             self._generator = np.random.Generator(np.random.SFC64(seed))
         else:
@@ -38,7 +45,9 @@ class Draws:
     def bits(self, count: int) -> torch.Tensor:
         """The next `count` numbers as int16, to be overwritten; a count that 4 does not divide wastes the rest of a draw."""
         draws = (count + 3) // 4
-        if self.device.type == "cpu":
+        if self._generator is None:
+            lanes = torch.empty(draws, dtype=torch.int64, device=self.device)
+        elif self.device.type == "cpu":
             lanes = torch.from_numpy(self._generator.integers(-(2**63), 2**63, size=draws, dtype=np.int64))
         else:
             lanes = torch.empty(draws, dtype=torch.int64, device=self.device)
@@ -65,7 +74,9 @@ def keep_chunks(
     4 to 7 % less time than with whole masks. Other devices than the CPU draw all at once.
     """
     m, k = shape
-    step = min(max(_CHUNK // k // 4 * 4, 4), m) if like.device.type == "cpu" else m  # 4 rows: no draw is cut in two
+    step = (
+        min(max(_CHUNK // k // 4 * 4, 4), m) if backend.type_of(like.device) == "cpu" else m
+    )  # 4 rows: no draw is cut in two
     draws = Draws(seed, like.device)
     keep = torch.empty(step, k, dtype=like.dtype, device=like.device)
     for start in range(0, m, step):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastpeft import backend
+from fastpeft.ops.tracing import has_values, is_fake
 
 # bfloat16 and float16, 4096 x 4096, one thread: 15 ms through a float32 buffer of this many elements that stays in the cache,
 # 101 ms by one product of int8 and float32, 133 ms by bitsandbytes' cast and product in place.
@@ -81,6 +82,8 @@ class Int8Weight:
             w = (self.q * scale).to(dtype)
             return w if out is None else out.copy_(w)
         out = torch.empty_like(self.q, dtype=dtype) if out is None else out
+        if is_fake(self.q):
+            return out
         if self.device.type != "cpu":
             return torch.mul(self.q, scale, out=out)
         _multiply_rows(self.q, scale, out)
@@ -122,7 +125,7 @@ def quantize_int8(w: torch.Tensor) -> Int8Weight:
         raise ValueError(f"quantize_int8: expected a floating w [N, K] with elements, got {tuple(w.shape)} {w.dtype}")
     half = w.detach().to(torch.float16)
     row_absmax = half.abs().amax(1).float()
-    if not w.is_meta and not torch.isfinite(row_absmax).all():
+    if has_values(w) and not torch.isfinite(row_absmax).all():
         n, k = (~torch.isfinite(half)).nonzero()[0].tolist()
         raise ValueError(
             f"quantize_int8: expected weights that are finite in float16 (up to 65504), got w[{n}, {k}] = {w[n, k].item()}"
@@ -141,7 +144,7 @@ def _check(w: Int8Weight) -> None:
             "Int8Weight: expected q int8 [N, K], contiguous, row_absmax float32 [N] on one device and a floating dtype, got "
             f"{q.dtype} {tuple(q.shape)} on {q.device}, {scales.dtype} {tuple(scales.shape)} on {scales.device}, {w.dtype}"
         )
-    if scales.is_meta:
+    if not has_values(scales):
         return
     bad = ~(torch.isfinite(scales) & (scales >= 0))
     if bad.any():

@@ -6,7 +6,6 @@ Layout and rounding: fastpeft/reference/nf4.py. A weight is checked once, when a
 training step: on a GPU the checks wait for the device.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 
 from fastpeft import backend
 from fastpeft.ops import nf4_torch
+from fastpeft.ops.tracing import constants, has_values, is_fake
 from fastpeft.reference import nf4 as reference
 
 if TYPE_CHECKING:
@@ -93,6 +93,9 @@ class NF4Weight:
             _check_out(self, dtype, out)
         if self.packed.is_meta:
             return torch.empty(self.shape, dtype=dtype, device="meta") if out is None else out
+        if chosen == "torch" and is_fake(self.packed):
+            self.float_absmax()  # the one allocation besides that grows with the weight
+            return torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
         if chosen == "triton":
             from fastpeft.kernels.nf4 import nf4_dequantize
 
@@ -172,7 +175,7 @@ def quantize_4bit(
     _check_format("quantize_4bit", quant_type, blocksize)
     chosen = backend.resolve(impl, w.device, w.dtype)
     w = w.detach().contiguous()
-    if w.is_meta:
+    if not has_values(w):
         packed, absmax = (
             w.new_empty(-(-w.numel() // 2), dtype=torch.uint8),
             w.new_empty(-(-w.numel() // blocksize)).float(),
@@ -186,7 +189,7 @@ def quantize_4bit(
     else:
         packed, absmax = reference.quantize(w.cpu(), quant_type, blocksize)
         packed, absmax = packed.to(w.device), absmax.to(w.device)
-    if not w.is_meta and not torch.isfinite(absmax).all():
+    if has_values(w) and not torch.isfinite(absmax).all():
         n, k = (~torch.isfinite(w)).nonzero()[0].tolist()
         raise ValueError(
             f"quantize_4bit: expected finite weights, got w[{n}, {k}] = {w[n, k].item()} in w {tuple(w.shape)}; "
@@ -195,23 +198,27 @@ def quantize_4bit(
     nested = None
     if double_quant:
         code = _dynamic_table_on(w.device)
-        absmax, scales, offset = reference.quantize_absmax(absmax)
+        if has_values(absmax):
+            absmax, scales, offset = reference.quantize_absmax(absmax)
+        else:
+            scales = absmax.new_empty(-(-absmax.numel() // reference.NESTED_BLOCKSIZE))
+            absmax, offset = torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(())
         nested = NestedAbsmax(code, scales, offset)
     return NF4Weight.unchecked(packed, absmax, (w.shape[0], w.shape[1]), blocksize, quant_type, w.dtype, nested)
 
 
-@functools.cache
+@constants
 def _codes_on(quant_type: str, device: torch.device) -> torch.Tensor:
     return reference.codes(quant_type).to(device)
 
 
-@functools.cache
+@constants
 def _ranks_on(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     bounds, order = reference.ranks(quant_type)
     return bounds.to(device), order.to(device)
 
 
-@functools.cache
+@constants
 def _dynamic_table_on(device: torch.device) -> torch.Tensor:
     return reference.dynamic_table().to(device)
 
@@ -251,7 +258,7 @@ def _check(w: NF4Weight) -> None:
                 "state of another weight, or damaged?"
             )
     for name, (tensor, dtype, _) in expected.items():
-        if dtype == torch.float32 and not tensor.is_meta:
+        if dtype == torch.float32 and has_values(tensor):
             _check_values(name, tensor, signed=name in ("nested.code", "nested.offset"))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastpeft.ops.tracing import constants
 from fastpeft.reference import nf4 as reference
 
 _CHUNK = 1 << 17  # elements: 512 KiB of float32
@@ -75,7 +76,7 @@ def _quantize_whole_blocks(blocks: torch.Tensor, quant_type: str, packed: torch.
         packed[start : start + size // 2].copy_(pairs.mul_(16).bitwise_or_(low[: size // 2]))
 
 
-@functools.cache
+@constants
 def _bins_on(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(code of each bin, bounds, code of each rank). A value's bin is int(_HALF_BINS (value + 1)).
 
@@ -140,7 +141,7 @@ def _dequantize_chunks(packed, absmax, quant_type, blocksize, flat, first_block)
             flat[start + whole * blocksize : end].copy_(codes[whole * blocksize :].mul_(absmax[block + whole]))
 
 
-@functools.cache
+@constants
 def _pairs_on(quant_type: str, device: torch.device) -> torch.Tensor:
     """[256] of 8 bytes: the float32 codes of a byte's high and low four bits, as one element."""
     codes = reference.codes(quant_type)

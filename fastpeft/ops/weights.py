@@ -1,9 +1,13 @@
 """What a frozen weight [N, K] may be: a dense tensor, or quantised storage that can be written out as one."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
+
+from fastpeft import backend
 
 
 @runtime_checkable
@@ -37,7 +41,7 @@ def dense(w: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
     """
     if isinstance(w, torch.Tensor):
         return w.to(dtype)
-    if w.device.type != "cpu":
+    if backend.type_of(w.device) != "cpu":
         return w.dequantize(dtype)
     return w.dequantize(dtype, out=_scratch.view(w.shape, dtype))
 
@@ -56,3 +60,13 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+
+@contextlib.contextmanager
+def own_scratch() -> Iterator[_Scratch]:
+    """Inside, this thread's buffer, which is yielded, begins anew; afterwards it is the one from before."""
+    before, _scratch.buffer = _scratch.buffer, torch.empty(0, dtype=torch.uint8)
+    try:
+        yield _scratch
+    finally:
+        _scratch.buffer = before

@@ -19,7 +19,7 @@ from fastpeft.integrations.acceleration.linears import call_of, options_of, undo
 from fastpeft.layers.linear_adapter import is_untouched
 from fastpeft.ops.glu import glu
 from fastpeft.ops.lora_mlp import lora_glu_mlp
-from fastpeft.ops.tracing import traced
+from fastpeft.ops.tracing import is_fake
 
 if TYPE_CHECKING:
     from fastpeft.integrations.acceleration.apply import Walk
@@ -106,7 +106,7 @@ def _refused(mlp: nn.Module, plan: Plan, x: torch.Tensor, args: tuple, kwargs: d
     """Why the model's own code must run."""
     if args or kwargs:
         return "called with more than x"
-    if type(x) is not torch.Tensor and not traced(x):
+    if type(x) is not torch.Tensor and not is_fake(x):
         return f"x is a {type(x).__name__}"
     act = getattr(mlp, plan.layout.act)
     if isinstance(act, nn.Module) and not is_untouched(act):
