@@ -47,7 +47,7 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
 
     def _pack(self, tensor: torch.Tensor) -> _Holder:
-        holder = _Holder(tensor)
+        holder = _Holder(tensor.detach())  # with its graph it would hold the node that holds it
         self._holders.append(weakref.ref(holder))
         return holder
 
