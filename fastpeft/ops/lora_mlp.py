@@ -138,7 +138,7 @@ def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> 
     )
 
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 """Of one [rows, N] tensor in backward: more rows than fit are taken in parts, since four or five such tensors live at once."""
 CHUNK_ROWS = 256
 """Parts are multiples of this."""
@@ -259,7 +259,7 @@ def _run(impl, x, members, activation, memory, exact):
     described, tensors = describe(members)
     wide = torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
     made = None if memory == "speed" else normed(x)
-    h, weight, settings, _ = (None,) * 4 if made is None else made
+    h, weight, settings = (None,) * 3 if made is None else made
     return LoRAGluMLP.apply(x, h, weight, settings, described, activation, memory, wide, impl, *tensors)
 
 

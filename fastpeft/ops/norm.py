@@ -33,7 +33,6 @@ class Normed(NamedTuple):
     h: torch.Tensor
     weight: torch.Tensor | None
     settings: tuple
-    version: int
 
     @staticmethod
     def again(h: torch.Tensor, weight: torch.Tensor | None, settings: tuple) -> torch.Tensor:
@@ -44,9 +43,8 @@ class Normed(NamedTuple):
 
 
 def normed(y: torch.Tensor) -> Normed | None:
-    """What y was made from, if it is rms_norm's own output, unchanged; None for any other tensor."""
-    made = getattr(y, _NORMED, None)
-    return made if made is not None and made.version == y._version else None
+    """What y was made from, if it is rms_norm's own output, which autograd lets nobody change; None for any other tensor."""
+    return getattr(y, _NORMED, None)
 
 
 _NORMED = "_fastpeft_normed"
@@ -141,7 +139,7 @@ def _run(x, residual, weight, bias, eps, offset, centred, dtype, impl):
     ):
         result = _Norm.apply(x, residual, weight, bias, eps, offset, centred, dtype, chosen)
         if residual is None and not centred:
-            setattr(result, _NORMED, Normed(x, weight, (eps, offset, dtype, chosen), result._version))
+            setattr(result, _NORMED, Normed(x, weight, (eps, offset, dtype, chosen)))
         return result
     if chosen == "torch" and residual is None and not centred and norm_torch.is_small(x, dtype):
         return norm_torch.small_rms_norm(x, weight, eps, offset)
