@@ -42,6 +42,7 @@ from fastpeft.ops.lora_group import (
     with_tensors,
 )
 from fastpeft.ops.lora_torch import sum_rows
+from fastpeft.ops.norm import Normed, normed
 from fastpeft.ops.tracing import traced, transformed
 
 MEMORY = ("speed", "balanced", "memory")
@@ -82,29 +83,40 @@ class Needs(NamedTuple):
 class LoRAGluMLP(torch.autograd.Function):
     """tensors: w, a, b, bias of gate, up and down, w None where it is quantised and given in `members`.
 
-    wide: the dtype of the low-rank products, as in LoRAGroup.
+    wide: the dtype of the low-rank products, as in LoRAGroup. h, weight: what x was made from, with the norm's settings, or None;
+    they are then kept in its place, and get no gradient here.
     """
 
     @staticmethod
-    def forward(ctx, x, members, activation, memory, wide, impl, *tensors):
+    def forward(ctx, x, h, weight, norm, members, activation, memory, wide, impl, *tensors):
         full = [with_tensors(member, *four) for member, four in zip(members, groups_of(4, tensors), strict=True)]
-        needs = Needs(ctx.needs_input_grad[0], *(tuple(four[1:]) for four in groups_of(4, ctx.needs_input_grad[6:])))
+        needs = Needs(ctx.needs_input_grad[0], *(tuple(four[1:]) for four in groups_of(4, ctx.needs_input_grad[9:])))
         y, kept = forward_passes(x.reshape(-1, x.shape[-1]), full, activation, memory, wide, impl, needs)
-        ctx.save_for_backward(x if needs.keep_x(memory) else None, *kept, *tensors)
-        ctx.members, ctx.settings, ctx.needs, ctx.x_shape = members, (activation, wide, impl), needs, x.shape
+        keep = needs.keep_x(memory)
+        kept_x = (None, h, weight) if keep and norm is not None else (x if keep else None, None, None)
+        ctx.save_for_backward(*kept_x, *kept, *tensors)
+        ctx.norm, ctx.members, ctx.settings, ctx.needs, ctx.x_shape = (
+            norm,
+            members,
+            (activation, wide, impl),
+            needs,
+            x.shape,
+        )
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @first_order_only("lora_glu_mlp")
     def backward(ctx, grad):
-        x, *saved = ctx.saved_tensors
+        x, h, weight, *saved = ctx.saved_tensors
         kept, tensors = Kept(*saved[:6]), saved[6:]
         del saved
+        if h is not None:
+            x = Normed.again(h, weight, ctx.norm)
         full = [with_tensors(m, *four) for m, four in zip(ctx.members, groups_of(4, tensors), strict=True)]
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         dx, grads = backward_passes(grad.reshape(-1, grad.shape[-1]), rows, kept, full, *ctx.settings, ctx.needs)
         per_member = [gradient for three in grads for gradient in (None, *three)]
-        return None if dx is None else dx.view(ctx.x_shape), None, None, None, None, None, *per_member
+        return None if dx is None else dx.view(ctx.x_shape), *[None] * 8, *per_member
 
 
 def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> tuple[torch.Tensor, Kept]:
@@ -126,8 +138,46 @@ def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> 
     )
 
 
+CHUNK_BYTES = 16 << 20
+"""Of one [rows, N] tensor in backward: more rows than fit are taken in parts, since four or five such tensors live at once."""
+CHUNK_ROWS = 256
+"""Parts are multiples of this."""
+
+
 def backward_passes(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
-    """(dx, [(da, db, dbias) of gate, up, down]); what is not kept is computed again."""
+    """(dx, [(da, db, dbias) of gate, up, down]); what is not kept is computed again.
+
+    Many rows are taken in parts. Not with dropout, whose masks belong to row numbers, nor over quantised weights, which every
+    part would dequantise again.
+    """
+    m, n = dy.shape[0], full[0].w.shape[0]
+    part = max(CHUNK_ROWS, CHUNK_BYTES // (n * dy.element_size()) // CHUNK_ROWS * CHUNK_ROWS)
+    if m <= part or any(member.threshold or not isinstance(member.w, torch.Tensor) for member in full):
+        return _backward_of(dy, rows, kept, full, activation, wide, impl, needs)
+    dx = dy.new_empty(m, full[0].w.shape[1]) if needs.x else None
+    sums, dtypes = None, None
+    for first in range(0, m, part):
+        span = slice(first, first + part)
+        some = Kept(*(None if tensor is None else tensor[span] for tensor in kept))
+        dx_part, grads = _backward_of(
+            dy[span], None if rows is None else rows[span], some, full, activation, wide, impl, needs
+        )
+        if needs.x:
+            dx[span] = dx_part
+        flat = [grad for three in grads for grad in three]
+        if sums is None:  # in float32 or wider, rounded once
+            dtypes = [None if grad is None else grad.dtype for grad in flat]
+            sums = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in flat]
+            continue
+        for total, grad in zip(sums, flat, strict=True):
+            if total is not None:
+                total += grad
+    totals = [None if total is None else total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
+    return dx, [tuple(three) for three in groups_of(3, totals)]
+
+
+def _backward_of(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
+    """`backward_passes` of some rows."""
     group, elementwise, *outer, down = PASSES[impl], GLU_PASSES[impl], *full
     g, u, h, *s, s_down = kept
     if g is None and (needs.inner or (needs.h and h is None)):
@@ -208,7 +258,9 @@ def _run(impl, x, members, activation, memory, exact):
         return run_unchecked(impl, glu(g, u, activation, impl=impl), members[2:], exact)[0]
     described, tensors = describe(members)
     wide = torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
-    return LoRAGluMLP.apply(x, described, activation, memory, wide, impl, *tensors)
+    made = None if memory == "speed" else normed(x)
+    h, weight, settings = (None,) * 3 if made is None else made
+    return LoRAGluMLP.apply(x, h, weight, settings, described, activation, memory, wide, impl, *tensors)
 
 
 def _in_three(impl: str, x: torch.Tensor, members: Sequence[Projection], exact: bool) -> bool:

@@ -9,6 +9,8 @@
 Kept for backward: h, which is x without a residual, and rstd (and mean): one number a row. No float32 copy of x.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from fastpeft import backend
@@ -23,6 +25,29 @@ PASSES = {"torch": norm_torch, "triton": norm_triton}
 def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
     """[M, K] of [..., K]."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+class Normed(NamedTuple):
+    """What an output y of rms_norm was made from. Who keeps y for backward can keep h instead, which is kept anyway."""
+
+    h: torch.Tensor
+    weight: torch.Tensor | None
+    settings: tuple
+
+    @staticmethod
+    def again(h: torch.Tensor, weight: torch.Tensor | None, settings: tuple) -> torch.Tensor:
+        """y, bit for bit."""
+        eps, offset, dtype, impl = settings
+        y, *_ = PASSES[impl].forward(rows_of(h), None, weight, None, eps, offset, False, dtype)
+        return y.view(h.shape)
+
+
+def normed(y: torch.Tensor) -> Normed | None:
+    """What y was made from, if it is rms_norm's own output, which autograd lets nobody change; None for any other tensor."""
+    return getattr(y, _NORMED, None)
+
+
+_NORMED = "_fastpeft_normed"
 
 
 class _Norm(torch.autograd.Function):
@@ -112,7 +137,10 @@ def _run(x, residual, weight, bias, eps, offset, centred, dtype, impl):
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
     ):
-        return _Norm.apply(x, residual, weight, bias, eps, offset, centred, dtype, chosen)
+        result = _Norm.apply(x, residual, weight, bias, eps, offset, centred, dtype, chosen)
+        if residual is None and not centred:
+            setattr(result, _NORMED, Normed(x, weight, (eps, offset, dtype, chosen)))
+        return result
     if chosen == "torch" and residual is None and not centred and norm_torch.is_small(x, dtype):
         return norm_torch.small_rms_norm(x, weight, eps, offset)
     y, h, _, _ = PASSES[chosen].forward(rows_of(x), rows_of(residual), weight, bias, eps, offset, centred, dtype)

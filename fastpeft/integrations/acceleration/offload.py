@@ -73,10 +73,10 @@ class Offload:
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Saved":
         if tensor.device.type not in self.devices or tensor.layout != torch.strided:
-            return tensor
+            return tensor.detach()  # an output with its graph would hold the node that keeps it
         storage = tensor.untyped_storage()
         if storage.nbytes() < self.least_bytes or storage._cdata in self._stays or tensor.is_conj() or tensor.is_neg():
-            return tensor
+            return tensor.detach()
         return _Saved(self._moved(tensor, storage), tensor)
 
     @staticmethod

@@ -1,0 +1,109 @@
+"""What backward of lora_glu_mlp holds: rows in parts, and the norm's input in place of its output."""
+
+import pytest
+import torch
+
+from fastpeft.ops import lora_mlp
+from fastpeft.ops.lora_mlp import MEMORY, lora_glu_mlp
+from fastpeft.ops.nf4 import quantize_4bit
+from fastpeft.ops.norm import rms_norm
+from tests.ops.lora_mlp_cases import BF16, F32, RANKS, K, M, N, draw, eager, exact, outcome
+from tests.saved_bytes import SavedBytes
+from tests.tolerance import assert_bits_equal, assert_no_worse
+
+
+@pytest.fixture(autouse=True)
+def _as_function(monkeypatch):
+    monkeypatch.setattr(lora_mlp, "composed_is_faster", lambda *call: False)
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Rows of each part that backward takes, 16 where it takes parts."""
+    seen, whole = [], lora_mlp._backward_of
+    monkeypatch.setattr(lora_mlp, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(lora_mlp, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(lora_mlp, "_backward_of", lambda dy, *rest: seen.append(dy.shape[0]) or whole(dy, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (F32, {}),
+        (BF16, {}),
+        (BF16, {"adapter_dtype": BF16, "bias": False}),
+        (F32, {"adapters": (True, True, False)}),
+        (F32, {"adapters": (False, False, True)}),
+    ],
+    ids=["fp32", "bf16", "bf16_adapters", "down_without_adapter", "only_down"],
+)
+def test_rows_in_parts(dtype, options, memory, parts):
+    x, members, dy = draw(dtype, **options)
+    got = outcome(lambda x, members: lora_glu_mlp(x, *members, memory=memory, impl="torch"), x, members, dy)
+    want, plain = exact(x, members, dy, "silu"), outcome(eager("silu"), x, members, dy)
+    for name in want:
+        assert_no_worse(name, got[name], want[name], plain[name])
+    assert parts == [16, 16, 1]
+
+
+def test_dropout_and_quantised_weights_are_taken_whole(parts):
+    x, members, dy = draw(F32, dropout=(0.1, 0.0, 0.0))
+    outcome(lambda x, members: lora_glu_mlp(x, *members, impl="torch"), x, members, dy)
+    x, members, dy = draw(F32)
+    packed = [member._replace(w=quantize_4bit(member.w)) for member in members]
+    outcome(lambda x, members: lora_glu_mlp(x, *members, impl="torch"), x, packed, dy)
+    assert parts == [M, M]
+
+
+def after_norm(memory):
+    """(gradients of h, the norm's weight and the adapters; bytes kept) of an MLP behind a norm."""
+    h, members, dy = draw(BF16)
+    weight = torch.linspace(0.5, 1.5, K).requires_grad_()
+    exempt = [h, weight, *(t for member in members for t in member[:4] if t is not None)]
+
+    def mlp(h, members):
+        x = rms_norm(h, weight, eps=1e-6, offset=1.0)
+        return lora_glu_mlp(x, *members, memory=memory, impl="torch")
+
+    with SavedBytes(exempt) as saved:
+        y = mlp(h, members)
+        kept = saved.total()
+    del y
+    weight.grad = None
+    mlp(h, members).backward(dy)
+    leaves = {"h": h, "weight": weight} | {
+        f"{i}.{j}": t for i, member in enumerate(members) for j, t in enumerate(member[1:4]) if t is not None
+    }
+    return {name: tensor.grad for name, tensor in leaves.items()}, kept
+
+
+@pytest.mark.parametrize("memory", ["balanced", "memory"])
+def test_a_norm_s_output_is_computed_again(memory):
+    """Bit for bit; "speed" keeps it, which is 2 M K bytes more, and three or one of gate, up and h."""
+    want, speed = after_norm("speed")
+    got, kept = after_norm(memory)
+    for name, gradient in want.items():
+        assert_bits_equal(name, got[name], gradient)
+    wide, ranks = 2 * M * N, [2 * M * r for r in RANKS]
+    rstd = speed - (2 * M * K + 3 * wide + sum(ranks))
+    assert 0 < rstd <= 8 * M
+    assert kept == rstd + (2 * wide + sum(ranks) if memory == "balanced" else ranks[2])
+
+
+def test_nobody_changes_a_norm_s_output():
+    """Else what is computed again would not be what was used."""
+    x = rms_norm(draw(F32)[0], None, eps=1e-6)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        x.detach().mul_(2).add(x.mul_(2))
+
+
+def test_an_input_changed_before_backward_is_refused():
+    h, members, dy = draw(F32)
+    h = (h * 1.0).detach().requires_grad_()
+    y = lora_glu_mlp(rms_norm(h, None, eps=1e-6), *members, impl="torch")
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
