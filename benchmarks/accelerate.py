@@ -164,10 +164,8 @@ def measure(
     names = [name for name, provider in PROVIDERS.items() if provider.only in ("", case.base)]
     entrants = {name: entrant(name, case, make, ids) for name in names}
     kept = {name: one.saved_bytes() for name, one in entrants.items()}
-    cpu, wall = (
-        _interleaved(entrants, rounds, threads, clock)
-        for threads, clock in ((1, time.process_time), (wall_threads, time.perf_counter))
-    )
+    cpu = _interleaved(entrants, rounds, 1, time.process_time)
+    wall = _interleaved(entrants, rounds, wall_threads, time.perf_counter) if wall_threads else None
     rows = []
     for name, one in entrants.items():
         step = [sum(parts.values()) for parts in cpu[name]]
@@ -175,14 +173,15 @@ def measure(
             "case": str(case),
             "provider": name,
             "cpu_ms": {part: _ms([parts[part] for parts in cpu[name]]) for part in PARTS} | {"step": _ms(step)},
-            "wall_ms": _ms([sum(parts.values()) for parts in wall[name]]),
             "saved_MB": round(kept[name] / 2**20, 1),
             "steps": one.steps,
             "loss": round(one.loss, 5),
             "cpu_speedup": _speedup(cpu["peft"], cpu[name]),
-            "wall_speedup": _speedup(wall["peft"], wall[name]),
             "saved_ratio": round(kept[name] / kept["peft"], 3),
         }
+        if wall is not None:
+            row["wall_ms"] = _ms([sum(parts.values()) for parts in wall[name]])
+            row["wall_speedup"] = _speedup(wall["peft"], wall[name])
         rows.append(row)
     return rows
 
@@ -248,10 +247,11 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         cpu = row["cpu_ms"]
         parts = " + ".join(f"{cpu[part]:.0f}" for part in PARTS)
+        wall = f"{row['wall_ms']:.0f} / {row['wall_speedup']:.2f}" if "wall_ms" in row else "-"
         peak = f"{row['peak_MB']:.0f} / {row['peak_ratio']:.2f}" if "peak_MB" in row else "-"
         lines.append(
             f"| {row['case']} | {PROVIDERS[row['provider']].title} | {cpu['step']:.0f} / {row['cpu_speedup']:.2f} | {parts} "
-            f"| {row['wall_ms']:.0f} / {row['wall_speedup']:.2f} | {row['saved_MB']:.0f} / {row['saved_ratio']:.2f} | {peak} "
+            f"| {wall} | {row['saved_MB']:.0f} / {row['saved_ratio']:.2f} | {peak} "
             f"| {row['loss']:.3f} |"
         )
     return "\n".join(lines)
@@ -287,6 +287,9 @@ def main() -> None:
         "--model", help="folder of a causal language model; default: random weights of SmolLM2-135M's shape"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--no-wall", action="store_true", help="CPU time only: wall time says nothing on a busy machine"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
@@ -321,7 +324,7 @@ def main() -> None:
     ]
     rows: list[dict] = []
     for name in arguments.only:
-        of_case = measure(CASES[name], make, ids, rounds)
+        of_case = measure(CASES[name], make, ids, rounds, 0 if arguments.no_wall else 2)
         gc.collect()
         if not arguments.quick:
             add_peaks(of_case, options)
