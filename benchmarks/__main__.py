@@ -22,7 +22,7 @@ from benchmarks.roofline import measured
 from benchmarks.running import run_case
 
 SECONDS = {True: 1.0, False: 4.0}
-SLOWEST = {True: 0.5, False: 2.0}
+SLOWEST = 0.5
 """A case whose floor is above this many seconds here is left out, and named."""
 
 
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     }
     print(report.origin(record), flush=True)
     for op, case in cases:
-        if roofline.floor(case) > SLOWEST[options.quick]:
+        if roofline.floor(case) > SLOWEST:
             record["left_out"].append(f"{op.name}/{case}")
             continue
         row = run_case(

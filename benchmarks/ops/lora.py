@@ -63,7 +63,13 @@ class LoRACase:
         return 2 * (weight + rows) + self.m * k * size + 3 * adapter if self.backward else weight + rows + adapter
 
 
-ROWS = (1, 16, 256, 1024, 4096, 16384)
+ROWS = {
+    "MiniLM": (16, 256, 1024, 4096),
+    "SmolLM2-135M": (1, 16, 256, 1024, 4096, 16384),
+    "Qwen2.5-7B": (1, 16, 256, 1024, 4096, 16384),
+    "Llama-3-8B": (1, 16, 256, 1024, 4096, 16384),
+    "Llama-3-70B": (1, 16, 256, 1024, 4096, 16384),
+}
 _VARIED = LoRACase("SmolLM2-135M", "q", 1024)
 _WIDE = LoRACase("Llama-3-8B", "q", 256)
 _VARIANTS = (
@@ -82,8 +88,8 @@ _VARIANTS = (
 )
 CASES = tuple(
     dict.fromkeys(
-        [LoRACase(model, site, m) for model in SHAPES for site in ("q", "down") for m in ROWS]
-        + [replace(one, **change) for one in (_VARIED, replace(_VARIED, m=256), _WIDE) for change in _VARIANTS]
+        [LoRACase(model, site, m) for model, rows in ROWS.items() for site in ("q", "down") for m in rows]
+        + [replace(one, **change) for one in (_VARIED, _WIDE) for change in _VARIANTS]
     )
 )
 QUICK = (

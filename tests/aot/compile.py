@@ -26,6 +26,9 @@ SHIPPED = (
     "fastpeft.kernels.aot_dora",
     "fastpeft.kernels.aot_rope",
     "fastpeft.kernels.aot_attention",
+    "fastpeft.kernels.aot_norm",
+    "fastpeft.kernels.aot_glu",
+    "fastpeft.kernels.aot_cross_entropy",
 )
 DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
