@@ -9,8 +9,8 @@ One process, providers interleaved, medians; a ratio is the median of the rounds
 time of one thread, then wall clock with two. Bytes are those that autograd keeps beside parameters. Peak memory is a child
 process's resident high-water mark during steps, after building (VmHWM, Linux). Every provider takes the same steps on the same
 batch from the same values; with dropout the masks differ. Accelerated models step inside `fast_matmul()`; in float32, PEFT is
-measured inside it, too. On a GPU times are wall clock around synchronised steps and peaks the allocator's. `--curves` shows instead that results are the same: see
-benchmarks/curves.py.
+measured inside it, too. On a GPU times are wall clock around synchronised steps, and peaks the allocator's. `--curves` shows
+instead that results are the same: see benchmarks/curves.py.
 """
 
 import argparse
