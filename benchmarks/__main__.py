@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("report", help="Markdown and plots of a results file")
     one.add_argument("file", type=Path)
     one.add_argument("--output", type=Path, help="folder; that of the file, named after it, by default")
+    one.add_argument("--readme", action="store_true", help="print README's table instead")
     from benchmarks.static import add_options, static
 
     add_options(commands.add_parser("static", help="what the compiler makes of the kernels"))
@@ -125,8 +126,16 @@ def compared(options: argparse.Namespace) -> int:
     return 1 if slower else 0
 
 
+def shown_in_readme() -> list[tuple[str, str]]:
+    """The cases of README's table: the quick ones."""
+    return [(op.name, str(case)) for op in ops().values() for case in op.quick]
+
+
 def reported(options: argparse.Namespace) -> int:
     record = compare.read_run(options.file)
+    if options.readme:
+        print(tables.short_table(record, shown_in_readme()))
+        return 0
     folder = options.output or options.file.with_suffix("")
     for path in report.write(record, folder):
         print(path)

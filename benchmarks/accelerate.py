@@ -2,13 +2,15 @@
 
     python -m benchmarks.accelerate [--only CASE ...] [--model FOLDER] [--quick] [--json benchmarks/results/accelerate_cpu.json]
     python -m benchmarks.accelerate --curves
+    python -m benchmarks.accelerate --device cuda [--batch 1 --length 4096]
 
 SmolLM2-135M's shape with random weights, or the model of a folder; LoRA of rank 16 on all seven linears, AdamW, 4 x 256 tokens.
 One process, providers interleaved, medians; a ratio is the median of the rounds' own ratios to PEFT. Step times are process CPU
 time of one thread, then wall clock with two. Bytes are those that autograd keeps beside parameters. Peak memory is a child
 process's resident high-water mark during steps, after building (VmHWM, Linux). Every provider takes the same steps on the same
 batch from the same values; with dropout the masks differ. Accelerated models step inside `fast_matmul()`; in float32, PEFT is
-measured inside it, too. `--curves` shows instead that results are the same: see benchmarks/curves.py.
+measured inside it, too. On a GPU times are wall clock around synchronised steps, and peaks the allocator's. `--curves` shows
+instead that results are the same: see benchmarks/curves.py.
 """
 
 import argparse
@@ -72,6 +74,12 @@ GOALS = [
     *((case, "peak_ratio", "<=", 0.65) for case in CASES),
 ]
 """(case, figure of PEFT's model accelerated, bound): what issue 6 asks of this table."""
+
+
+def synchronised() -> float:
+    """Wall clock after all that the GPU was given is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Entrant(Trained):
@@ -148,7 +156,8 @@ def draw_adapters(model: nn.Module) -> None:
 
 
 def entrant(name: str, case: Case, make: Callable[[], nn.Module], ids: torch.Tensor) -> Entrant:
-    made = PROVIDERS[name].make(case, make, ids)
+    """The provider's model on the device of ids."""
+    made = PROVIDERS[name].make(case, lambda: make().to(ids.device), ids)
     draw_adapters(made.model)
     return made
 
@@ -164,7 +173,7 @@ def measure(
     names = [name for name, provider in PROVIDERS.items() if provider.only in ("", case.base)]
     entrants = {name: entrant(name, case, make, ids) for name in names}
     kept = {name: one.saved_bytes() for name, one in entrants.items()}
-    cpu = _interleaved(entrants, rounds, 1, time.process_time)
+    cpu = _interleaved(entrants, rounds, 1, synchronised if ids.is_cuda else time.process_time)
     wall = _interleaved(entrants, rounds, wall_threads, time.perf_counter) if wall_threads else None
     rows = []
     for name, one in entrants.items():
@@ -213,6 +222,10 @@ def peak_mb(name: str, case: Case, make: Callable[[], nn.Module], ids: torch.Ten
     one = entrant(name, case, make, ids)
     one.timed(time.process_time)
     gc.collect()
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        one.timed(synchronised)
+        return torch.cuda.max_memory_allocated() / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     for _ in range(2):
@@ -273,11 +286,12 @@ def record_of(rows: list[dict], path: Path, settings: dict[str, Any]) -> dict[st
     """The file's contents with these rows: cases that were measured before, under the same settings, stay."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     measured = {row["case"] for row in rows}
-    if before.get("settings") == settings and before.get("machine") == machine():
+    here = machine(torch.device(settings.get("device", "cpu")))
+    if before.get("settings") == settings and before.get("machine") == here:
         rows = [*(row for row in before["rows"] if row["case"] not in measured), *rows]
     order = list(CASES)
     rows = sorted(rows, key=lambda row: (order.index(row["case"]), list(PROVIDERS).index(row["provider"])))
-    return {"benchmark": "accelerate", "machine": machine(), "settings": settings, "rows": rows}
+    return {"benchmark": "accelerate", "machine": here, "settings": settings, "rows": rows}
 
 
 def main() -> None:
@@ -290,6 +304,7 @@ def main() -> None:
     parser.add_argument(
         "--no-wall", action="store_true", help="CPU time only: wall time says nothing on a busy machine"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
@@ -309,22 +324,26 @@ def main() -> None:
     size = (2, 32) if arguments.quick else (arguments.batch, arguments.length)
     make = functools.partial(smollm, arguments.model, 2 if arguments.quick else None)
     ids = batch(make().config.vocab_size if arguments.model else SMOLLM2_135M["vocab_size"], *size)
+    ids = ids.to(arguments.device)
     if arguments.child:
         print(json.dumps({"peak_MB": peak_mb(arguments.child, CASES[arguments.only[0]], make, ids)}))
         return
     rounds = 1 if arguments.quick else arguments.rounds
     settings = {"model": arguments.model or "random", "tokens": size, "rounds": rounds, "quick": arguments.quick}
+    settings |= {"device": arguments.device}
     settings = json.loads(json.dumps(settings | {"float32_products": float32_path(CPU).why}))
     options = [
         "--batch",
         str(size[0]),
         "--length",
         str(size[1]),
+        "--device",
+        arguments.device,
         *(["--model", arguments.model] if arguments.model else []),
     ]
     rows: list[dict] = []
     for name in arguments.only:
-        of_case = measure(CASES[name], make, ids, rounds, 0 if arguments.no_wall else 2)
+        of_case = measure(CASES[name], make, ids, rounds, 0 if arguments.no_wall or ids.is_cuda else 2)
         gc.collect()
         if not arguments.quick:
             add_peaks(of_case, options)

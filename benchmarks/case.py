@@ -73,7 +73,8 @@ class Op:
     """Providers that --quick leaves out."""
 
     def of(self, names: Sequence[str] | None, quick: bool) -> Iterator[Any]:
-        for case in self.quick if quick else self.cases:
+        """The quick cases alone, or those and all others; only those whose op/name holds one of `names`."""
+        for case in self.quick if quick else dict.fromkeys((*self.quick, *self.cases)):
             if names is None or any(name in f"{self.name}/{case}" for name in names):
                 yield case
 

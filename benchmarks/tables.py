@@ -84,24 +84,32 @@ def missing(record: Record, op: str) -> dict[str, str]:
     return {name: its[0] for name, its in reasons.items() if all(its)}
 
 
+def summary(row: Record, clock: str) -> list[str]:
+    """One case in one line: the baseline's time, fastpeft's, the ratio, and what both keep."""
+    theirs, ours = row["providers"].get(row["baseline"], {}), row["providers"].get("fastpeft", {})
+    return [
+        duration(theirs[f"{clock}_us"][1]) if f"{clock}_us" in theirs else "absent",
+        duration(ours[f"{clock}_us"][1]) if f"{clock}_us" in ours else "failed",
+        speedup(ours, clock),
+        f"{ours['roofline_percent']:.0f} %" if "roofline_percent" in ours else "",
+        size(theirs.get("saved_bytes")),
+        size(ours.get("saved_bytes")),
+    ]
+
+
 def summary_table(record: Record, op: str) -> str:
-    """One line a case: the baseline's time, fastpeft's, the ratio, and what both keep. For README."""
-    clock, lines, baseline = clock_of(record), [], ""
-    for row in record["rows"]:
-        if row["op"] != op:
-            continue
-        baseline = row["baseline"]
-        theirs, ours = row["providers"].get(baseline, {}), row["providers"].get("fastpeft", {})
-        lines.append(
-            [
-                row["case"],
-                duration(theirs[f"{clock}_us"][1]) if f"{clock}_us" in theirs else "absent",
-                duration(ours[f"{clock}_us"][1]) if f"{clock}_us" in ours else "failed",
-                speedup(ours, clock),
-                f"{ours['roofline_percent']:.0f} %" if "roofline_percent" in ours else "",
-                size(theirs.get("saved_bytes")),
-                size(ours.get("saved_bytes")),
-            ]
-        )
+    """The cases of one op, a line each."""
+    clock, rows = clock_of(record), [row for row in record["rows"] if row["op"] == op]
+    baseline = rows[0]["baseline"] if rows else ""
     head = ["case", baseline, "fastpeft", "ratio", "of the roofline", f"{baseline} keeps", "fastpeft keeps"]
-    return markdown(head, lines)
+    return markdown(head, [[row["case"], *summary(row, clock)] for row in rows])
+
+
+def short_table(record: Record, shown: Iterable[tuple[str, str]]) -> str:
+    """The (op, case)s in `shown`, of all ops: README's table."""
+    clock, shown = clock_of(record), set(shown)
+    head = ["op", "case", "beside", "its time", "fastpeft", "ratio", "of the roofline", "it keeps", "fastpeft keeps"]
+    rows = [row for row in record["rows"] if (row["op"], row["case"]) in shown]
+    return markdown(
+        head, [[record["ops"][row["op"]], row["case"], row["baseline"], *summary(row, clock)] for row in rows]
+    )

@@ -22,7 +22,7 @@ def chosen(every: bool) -> list:
     return [
         pytest.param(op, case, name, id=f"{op.name}/{case}/{name}")
         for op in ops().values()
-        for case in (op.cases if every else op.quick)
+        for case in op.of(None, not every)
         for name in op.providers
         if name not in op.slow or every
     ]

@@ -42,7 +42,7 @@ CASES = tuple(
     for m in rows
     for dtype in ("bfloat16", "float32")
 )
-QUICK = (LossCase("SmolLM2-135M", 256),)
+QUICK = (LossCase("SmolLM2-135M", 256), LossCase("SmolLM2-135M", 1024))
 
 
 def inputs(case: LossCase, device: torch.device) -> SimpleNamespace:
