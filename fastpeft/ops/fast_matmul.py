@@ -1,8 +1,9 @@
 """float32 products on a CPU through oneDNN: an explicit choice around a training step, never a setting left behind.
 
 PyTorch's "medium" precision allows oneDNN, and allows it to compute in bfloat16. Without AMX it computes in float32, and on AMD
-CPUs more than twice as fast as MKL (2.1-2.3x at M >= 256 on a Zen 5; products of a few rows are slower). So it is refused where
-there is AMX, and elsewhere one measured product decides, once a process: if its error is not float32's, nothing changes.
+CPUs faster than MKL (at M >= 256 2.1-2.3x on a Zen 5, whose vector units are twice as wide, 1.12-1.21x on a Zen 4; products of a
+few rows are slower). So it is refused where there is AMX, and elsewhere one measured product decides, once a process: if its
+error is not float32's, nothing changes.
 """
 
 import contextlib
