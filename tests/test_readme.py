@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import lora_linear, methods, training_step
+from benchmarks import accelerate, methods, tables
+from benchmarks.__main__ import shown_in_readme
+from benchmarks.machine import named
 from fastpeft.cli import COMMANDS, _parse
 
 ROOT = Path(__file__).parents[1]
@@ -39,14 +41,23 @@ def test_every_command_but_the_demo_is_shown():
     assert {line.split()[0] for line in LINES} == set(COMMANDS) - {"demo"}
 
 
-@pytest.mark.parametrize("measured", [lora_linear, training_step], ids=["lora_linear", "training_step"])
-def test_the_measured_tables_are_those_of_the_results_files(measured):
-    """A table is generated: python -m benchmarks.NAME --json FILE prints the one and writes the other."""
-    path = f"benchmarks/results/{measured.__name__.rpartition('.')[2]}_cpu.json"
-    record = json.loads((ROOT / path).read_text(encoding="utf-8"))
+def record_of(path):
     assert f"`{path}`" in README
-    assert measured.table(record["rows"]) in README
-    assert record["machine"]["cpu"] in README
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_the_table_of_a_training_step_is_that_of_its_results_file():
+    """python -m benchmarks.accelerate --json FILE prints the one and writes the other."""
+    record = record_of(accelerate.RESULTS)
+    assert accelerate.table(record["rows"]) in README
+    assert named(record["machine"]) in README
+
+
+def test_the_table_of_ops_is_that_of_its_results_file():
+    """python -m benchmarks report FILE --readme prints it."""
+    record = record_of("benchmarks/results/cpu.json")
+    assert tables.short_table(record, shown_in_readme()) in README
+    assert named(record["machine"]) in README
 
 
 def test_the_table_of_methods_is_that_of_the_results_file():
