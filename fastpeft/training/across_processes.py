@@ -6,8 +6,10 @@
 - A checkpoint has the same files whatever the number of processes, and each process's random state beside them.
 """
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,16 @@ class AcrossProcesses(transformers.Trainer):
 
     def _sync_replicated_trainable_parameters(self, model: torch.nn.Module) -> None:
         """shard_base has made them equal, and training_step averages their gradients at once."""
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """transformers asks a model's config how it is sharded; here it is over all processes."""
+        base = self.model.get_base_model()
+        base.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            base.set_requires_gradient_sync(True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

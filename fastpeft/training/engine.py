@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from torch.utils.data import DataLoader
 
@@ -291,7 +290,11 @@ class _Run:
             data={name: split.report.to_dict() for name, split in self.splits.items()},
             peft_config=self.model.peft_config[self.model.active_adapters[0]].to_dict(),
             training=self.config.to_dict()
-            | {"processes": self.processes.count, "held_out": self.held_out, "max_length": self.info.text_format.max_length},
+            | {
+                "processes": self.processes.count,
+                "held_out": self.held_out,
+                "max_length": self.info.text_format.max_length,
+            },
             trainable_parameters=trainable,
             total_parameters=total,
             base=self.base,
