@@ -90,9 +90,10 @@ def run_command(command: str, options: list[str]) -> dict | None:
     config = _parse(module.CONFIG, command, options)
     if wanted(config):
         return launch(command, options, config.nproc)
-    results, is_main = sys.stdout, int(os.environ.get("RANK", 0)) == 0
+    is_main = int(os.environ.get("RANK", 0)) == 0
     with contextlib.ExitStack() as stack:
-        shown = sys.stderr if is_main else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        results, shown = (sys.stdout, sys.stderr) if is_main else (nowhere, nowhere)
         stack.enter_context(contextlib.redirect_stdout(shown))
         stack.enter_context(_quiet_libraries(shown))
         result = module.run(config, results)

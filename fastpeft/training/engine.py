@@ -105,7 +105,7 @@ def run_training(
     sharded = config.distributed == "fsdp" and processes.count > 1
     wrapped = get_peft_model(base, config.peft_config(raw.task).for_run(steps))
     if sharded:
-        check_shardable(wrapped)
+        check_shardable(wrapped, adapters=config.shard_adapters)
     else:  # a model that is sharded goes to the device layer by layer
         wrapped.to(device)
     if getattr(config.peft, "init_lora_weights", None) == "eva":

@@ -61,6 +61,11 @@ class Processes:
         dist.init_process_group(backend, timeout=PATIENCE)
         self.wait()
 
+    def leave(self) -> None:
+        """The end of what join began."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

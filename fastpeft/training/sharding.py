@@ -21,8 +21,18 @@ from fastpeft.layers.base_weight import is_linear_8bit
 from fastpeft.model import PeftModel
 
 
-def check_shardable(model: PeftModel) -> None:
-    """Raises:  NotImplementedError for int8 weights, and for adapters that stand on changed base weights"""
+def check_shardable(model: PeftModel, *, adapters: bool) -> None:
+    """Raises:  NotImplementedError for int8 weights, adapters that stand on changed base weights, prompts before the input's
+    embeddings, and AdaLoRA with `adapters` sharded
+    """
+    prompt = model.base_model.active_prompt()
+    if prompt is not None and prompt.lengthens_input:
+        raise NotImplementedError(
+            f"fsdp: {model.active_peft_config.peft_type} reads the input's embeddings outside the base's forward, where they are "
+            "sharded; use --distributed ddp"
+        )
+    if adapters and model.active_peft_config.peft_type == "ADALORA":
+        raise NotImplementedError("shard_adapters: ADALORA ranks whole tensors; leave them whole")
     for name, module in model.named_modules():
         if is_linear_8bit(module):
             raise NotImplementedError(

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
-from fastpeft import PeftModel
+from fastpeft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, quantize
 from fastpeft.cli import main
 from fastpeft.training import TrainConfig, engine
 from fastpeft.training.processes import Processes
 from fastpeft.training.rank_rows import RankRows, WithBlankRow
+from fastpeft.training.sharding import check_shardable
 from fastpeft.training.trainer import GroupedByLength
+from tests.tiny_models import small_llama
 from tests.tolerance import (
     ADAM_ON_ROUNDED_GRADIENTS,
     LOGITS_EQUAL_TO_PEFT,
@@ -55,6 +57,7 @@ RUNS = {
     "fsdp-resumed": ("nf4", FSDP | NF4 | {"shard_adapters": True, "resume": True}),
 }
 """Name of a run in two processes -> what one process must find too, and the options."""
+DROPOUT = {"peft": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.3}}
 REFERENCES = {"lora": {}, "nf4": NF4, "classes": CLASSES}
 RESUMED_AT = 4
 
@@ -92,7 +95,9 @@ def runs(tmp_path_factory):
     """The folder with all runs: the references in this process, the others in two."""
     folder = tmp_path_factory.mktemp("distributed")
     tiny.llama(folder / "model")
-    tiny.bert(folder / "bert")
+    config = tiny.bert(folder / "bert") / "config.json"
+    without_dropout = json.loads(config.read_text(encoding="utf-8")) | {"attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(without_dropout), encoding="utf-8")  # each process draws masks of its own
     tiny.write_jsonl(folder / "rows.jsonl", tiny.questions(46))
     tiny.write_jsonl(folder / "reviews.jsonl", tiny.reviews(46))
     for name, options in REFERENCES.items():
@@ -102,6 +107,9 @@ def runs(tmp_path_factory):
             checkpoint = f"checkpoints/checkpoint-{RESUMED_AT}"
             shutil.copytree(folder / reference / checkpoint, folder / name / checkpoint)
     listed = [_fields(folder, name, 2, **options) for name, (_, options) in RUNS.items()]
+    listed.append(_fields(folder, "dropout", 2, **DROPOUT))
+    half = {"resume": True, "goes_on_from": str(folder / "dropout/checkpoints/checkpoint-4")}
+    listed.append(_fields(folder, "dropout-resumed", 2, **DROPOUT, **half))
     (folder / "runs.json").write_text(json.dumps(listed), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / "tests/training/many_runs.py"), str(folder / "runs.json")]
@@ -193,6 +201,21 @@ def test_a_checkpoint_of_two_processes_resumes_in_one(runs, tmp_path, name, recw
     _assert_same_run(tmp_path / "resumed", runs / "nf4", RESUMED_AT)
 
 
+def test_two_processes_that_resume_two_with_dropout_end_with_the_same_bits(runs):
+    tensors, others = load_file(runs / "dropout" / TENSORS), load_file(runs / "dropout-resumed" / TENSORS)
+    for name, tensor in tensors.items():
+        assert_bits_equal(name, others[name], tensor)
+
+
+def test_each_process_draws_its_own_dropout():
+    seeds = []
+    for rank in range(3):
+        torch.manual_seed(5)
+        Processes(rank, 3, rank).own_random_numbers(5)
+        seeds.append(torch.initial_seed())
+    assert seeds == [5, 6, 7]
+
+
 # -- fastpeft train --nproc ---------------------------------------------------------------------------------------------
 
 
@@ -261,6 +284,34 @@ def test_bad_input_is_one_error_line(runs, tmp_path, capfd):
     assert err[-1].startswith("error: ")
     assert "nowhere" in err[-1]
     assert not (tmp_path / "bad").exists()
+
+
+def test_only_rank_0_of_torchruns_processes_prints(runs, capsys, monkeypatch):
+    for rank, prints in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["inspect", "--adapter", str(runs / "ddp")]) == 0
+        assert bool(capsys.readouterr().out) == prints
+
+
+@pytest.mark.parametrize(
+    ("config", "sharded", "reason"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=2), False, "PROMPT_TUNING reads the input's embeddings"),
+        (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), True, "shard_adapters: ADALORA"),
+        (LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]), False, "starts from changed base weights"),
+    ],
+    ids=["prompts", "AdaLoRA", "OLoRA"],
+)
+def test_what_fsdp_cannot_shard_is_refused(config, sharded, reason):
+    model = get_peft_model(small_llama(), config)
+    with pytest.raises(NotImplementedError, match=reason):
+        check_shardable(model, adapters=sharded)
+
+
+def test_fsdp_refuses_int8():
+    model = get_peft_model(quantize(small_llama(), "int8"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match=r"is in int8, .*use --quantization nf4, or --distributed ddp"):
+        check_shardable(model, adapters=False)
 
 
 def test_what_cannot_be_is_refused(runs, tmp_path):
