@@ -45,7 +45,7 @@ from fastpeft.training.processes import Processes
 from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
 from fastpeft.training.report import write_report
 from fastpeft.training.run_folder import CHECKPOINTS, RECORD_FILE, REPORT_FILE, TrainingInfo, check_output_folder
-from fastpeft.training.sharding import check_shardable, shard_base, whole_adapters
+from fastpeft.training.sharding import bytes_elsewhere, check_shardable, shard_base, whole_adapters
 from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
 from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, total_steps, warmup_steps
 
@@ -120,6 +120,7 @@ def run_training(
     info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, options)
     if sharded:
         shard_base(wrapped, device, adapters=config.shard_adapters)
+        described["process_bytes"] = described["bytes"] - bytes_elsewhere(wrapped)
     run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described, processes)
     with fast_float32_matmul(run.device) if config.cpu_fast_matmul else contextlib.nullcontext():
         return run.execute(checkpoint, clock), wrapped, tokenizer

@@ -77,6 +77,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def bytes_elsewhere(model: nn.Module) -> int:
+    """How much of the base this process does not hold, in bytes."""
+    shards = [p for p in model.parameters() if isinstance(p, DTensor) and not p.requires_grad]
+    return sum((p.numel() - p.to_local().numel()) * p.element_size() for p in shards)
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of what a forward left gathered."""
     for module in model.modules():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
 from fastpeft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, quantize
-from fastpeft.cli import main
+from fastpeft.cli import launch, main, process
 from fastpeft.training import TrainConfig, engine
 from fastpeft.training.processes import Processes
 from fastpeft.training.rank_rows import RankRows, WithBlankRow
@@ -44,6 +45,8 @@ STEP = 8
 FSDP = {"distributed": "fsdp"}
 NF4 = {"quantization": "nf4"}
 CLASSES = {"model": "bert", "data": "reviews.jsonl", "peft": {"target_modules": ["query", "value"]}}
+BUFFERS = 2048
+"""Bytes of a tiny model's buffers (frequencies, positions) at most: they are whole in each process."""
 RUNS = {
     "ddp": ("lora", {}),
     "ddp-nf4": ("nf4", NF4),
@@ -149,7 +152,14 @@ def test_two_processes_train_what_one_does(runs, name):
     _assert_same_run(runs / name, runs / reference, RESUMED_AT if "resume" in options else 0)
     record = _record(runs / name)
     assert record["training"]["processes"] == 2
-    assert record["base"] == _record(runs / reference)["base"]
+    base = record["base"]
+    held = base.pop("process_bytes", base["bytes"])
+    assert base == _record(runs / reference)["base"]
+    if "distributed" in options:
+        scales = base["bytes"] // 8 if "quantization" in options else 0  # whole in each process
+        assert base["bytes"] / 2 <= held <= base["bytes"] / 2 + scales + BUFFERS
+    else:
+        assert held == base["bytes"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -199,6 +209,16 @@ def test_a_checkpoint_of_two_processes_resumes_in_one(runs, tmp_path, name, recw
     engine.train(many_runs.config(fields))
     assert not [warning for warning in recwarn if "options differ" in str(warning.message)]
     _assert_same_run(tmp_path / "resumed", runs / "nf4", RESUMED_AT)
+
+
+def test_resuming_warns_where_a_step_would_have_other_rows(runs):
+    """Two processes with four rows each, resumed with one: eight rows are the same run, four are not."""
+    for rows, differ in ((STEP, False), (STEP // 2, True)):
+        config = many_runs.config(_fields(runs, "ddp", 1) | {"per_device_train_batch_size": rows})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine._checkpoint_to_resume(config, runs / "ddp", Processes())
+        assert ["processes 2 -> 1" in str(warning.message) for warning in caught] == [True] * differ
 
 
 def test_two_processes_that_resume_two_with_dropout_end_with_the_same_bits(runs):
@@ -276,14 +296,20 @@ def test_a_lost_process_ends_all_with_one_error_line(runs, tmp_path):
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
-def test_bad_input_is_one_error_line(runs, tmp_path, capfd):
-    code = main(_command(runs, tmp_path / "bad", 2, "--nproc", "2", "--text-column", "nowhere"))
-    err = capfd.readouterr().err.splitlines()
-    assert code == 2
-    assert [line for line in err if "error" in line.lower()] == [err[-1]]
-    assert err[-1].startswith("error: ")
-    assert "nowhere" in err[-1]
-    assert not (tmp_path / "bad").exists()
+def test_errors_of_all_processes_are_one(tmp_path, monkeypatch, capsys):
+    """The first that was written counts; who lost its neighbour by it shows no traceback. Exit codes are those of one process."""
+    monkeypatch.setattr(process, "_CONNECTION_LOST", 0.0)
+    for rank, error in ((1, ValueError("rows: expected\nsome")), (0, RuntimeError("Connection closed by peer"))):
+        monkeypatch.setenv("RANK", str(rank))
+        with process._Outcome(tmp_path) as outcome:
+            raise error
+        assert outcome.code == (2 if rank == 1 else 1)
+    first = launch._first_error(tmp_path, "train", None)
+    assert (str(first), first.code) == ("rows: expected some", 2)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "error-1.json").unlink()
+    lost = launch._first_error(tmp_path, "train", None)
+    assert (str(lost), lost.code) == ("train: process 0: Connection closed by peer", 1)
 
 
 def test_only_rank_0_of_torchruns_processes_prints(runs, capsys, monkeypatch):
