@@ -16,7 +16,7 @@ import traceback
 from typing import Any, TextIO
 
 from fastpeft import __version__
-from fastpeft.cli.launch import ProcessError, launch, wanted
+from fastpeft.cli.launch import ProcessError, run_in_processes, wanted
 
 COMMANDS = {
     "train": "fine-tune a model on your rows; writes an adapter, metrics and a report",
@@ -89,7 +89,7 @@ def run_command(command: str, options: list[str]) -> dict | None:
     module = importlib.import_module(f"fastpeft.cli.{command}")
     config = _parse(module.CONFIG, command, options)
     if wanted(config):
-        return launch(command, options, config.nproc)
+        return run_in_processes(command, options, config.nproc)
     is_main = int(os.environ.get("RANK", 0)) == 0
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

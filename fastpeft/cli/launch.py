@@ -33,7 +33,7 @@ def wanted(config: Any) -> bool:
     return getattr(config, "nproc", 1) > 1 and "WORLD_SIZE" not in os.environ
 
 
-def launch(command: str, options: list[str], count: int) -> dict:
+def run_in_processes(command: str, options: list[str], count: int) -> dict:
     """Run a command in `count` processes, and return what rank 0 found.
 
     Raises:  ProcessError for the first process that failed; KeyboardInterrupt
