@@ -40,6 +40,9 @@ BF16_TRAINING = 2e-2
 EQUAL_TO_THREE_DIGITS = 5e-4
 """Losses of two float32 trainings whose sums are taken in another order, step by step, for `assert_close`."""
 
+ADAM_ON_ROUNDED_GRADIENTS = 1e-4
+"""Trained float32 parameters after a dozen steps of Adam, sums taken in another order: it scales gradients near zero up."""
+
 DECOMPOSED_AND_PUT_TOGETHER = 2e-5
 """A float32 matrix against the product of its factors (SVD, QR), for `assert_close`."""
 

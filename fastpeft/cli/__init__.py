@@ -1,7 +1,8 @@
 """The command line: fastpeft train | evaluate | predict | merge | inspect | plan | tune | demo.
 
 Progress and messages go to standard error; the last line on standard output is one JSON object of results.
-Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted.
+Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted; 1 a fault
+of the program, or a process of several that was lost.
 A command's module is imported when it runs, so `fastpeft --help` needs neither torch nor transformers.
 """
 
@@ -9,11 +10,13 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from fastpeft import __version__
+from fastpeft.cli.launch import ProcessError, run_in_processes, wanted
 
 COMMANDS = {
     "train": "fine-tune a model on your rows; writes an adapter, metrics and a report",
@@ -60,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ValueError(f"fastpeft: expected a command, one of {list(COMMANDS)}, got {command!r}")
-        result = _run(command, options)
+        result = run_command(command, options)
+    except ProcessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except INPUT_ERRORS as error:
         return _fail(error, debug)
     except ModuleNotFoundError as error:
@@ -71,17 +77,28 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a training run continues from its last checkpoint with --resume", file=sys.stderr)
         return 130
-    print(json.dumps(result, ensure_ascii=False))
+    if result is not None:
+        print(json.dumps(result, ensure_ascii=False))
     return 0
 
 
-def _run(command: str, options: list[str]) -> dict:
-    """Parse the options of a command and run it, with everything it prints on standard error."""
+def run_command(command: str, options: list[str]) -> dict | None:
+    """Parse the options of a command and run it, with everything it prints on standard error.
+
+    Of several processes only rank 0 shows anything and has a result; with --nproc this one starts them.
+    """
     module = importlib.import_module(f"fastpeft.cli.{command}")
     config = _parse(module.CONFIG, command, options)
-    results = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr), _quiet_libraries():
-        return module.run(config, results)
+    if wanted(config):
+        return run_in_processes(command, options, config.nproc)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        results, shown = (sys.stdout, sys.stderr) if is_main else (nowhere, nowhere)
+        stack.enter_context(contextlib.redirect_stdout(shown))
+        stack.enter_context(_quiet_libraries(shown))
+        result = module.run(config, results)
+    return result if is_main else None
 
 
 def _parse(kind: type, command: str, options: list[str]) -> Any:
@@ -120,8 +137,8 @@ def _refused_by_config(error: BaseException) -> BaseException | None:
 
 
 @contextlib.contextmanager
-def _quiet_libraries():
-    """Warnings of this package as plain lines, and transformers' notices about new heads and such left out."""
+def _quiet_libraries(shown: TextIO):
+    """Warnings of this package as plain lines in `shown`, and transformers' notices about new heads and such left out."""
     import warnings
 
     from transformers.utils import logging
@@ -129,7 +146,7 @@ def _quiet_libraries():
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=shown)
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             yield

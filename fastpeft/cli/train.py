@@ -10,5 +10,8 @@ CONFIG = TrainConfig
 def run(config: TrainConfig, results: TextIO) -> dict:
     """Train, and return the metrics and costs."""
     from fastpeft.training.engine import train  # transformers and datasets take seconds to import; --help needs neither
+    from fastpeft.training.processes import Processes
 
-    return train(config).summary()
+    summary = train(config).summary()
+    Processes.of_environment().leave()
+    return summary

@@ -13,6 +13,7 @@ from fastpeft.training.text_format import TextFormat
 DEFAULT_MAX_LENGTH = 512
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 Memory = Literal["speed", "balanced", "memory"]
+Distributed = Literal["ddp", "fsdp"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 METRICS = {
@@ -143,11 +144,11 @@ class TrainConfig(DataConfig):
     optim: str = "adamw_torch"
     """Optimizer, by transformers' names."""
     per_device_train_batch_size: int = 8
-    """Rows of a training batch."""
+    """Rows of a training batch of one process."""
     per_device_eval_batch_size: int = 32
     """Rows of an evaluation batch."""
     gradient_accumulation_steps: int = 1
-    """Batches of an optimizer step; the gradient is that of one large batch."""
+    """Batches of an optimizer step in each process; the gradient is that of one large batch."""
     group_by_length: bool = True
     """Put rows of similar length into a batch, so that little is padded."""
     bf16: bool = False
@@ -171,6 +172,12 @@ class TrainConfig(DataConfig):
     """On a CPU, send float32 products to oneDNN where they stay float32 there."""
     use_cpu: bool = False
     """Stay on the CPU even if there is a GPU."""
+    nproc: int = 1
+    """Processes that `fastpeft train` starts on this machine, one for each GPU; leave it 1 under torchrun."""
+    distributed: Distributed = "ddp"
+    """With several processes: ddp holds the whole base in each, fsdp (FSDP2) a part of it, gathered layer by layer."""
+    shard_adapters: bool = False
+    """With fsdp, shard the adapter and its optimizer states too; else they are whole in every process."""
 
     eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
     """When to evaluate on the validation rows and save a checkpoint."""
@@ -209,7 +216,7 @@ class TrainConfig(DataConfig):
         _check(self.quantization in choices, "quantization", f"one of {choices}", self.quantization)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("eval_steps", "save_total_limit", "logging_steps", "max_new_tokens"):
+        for name in ("eval_steps", "save_total_limit", "logging_steps", "max_new_tokens", "nproc"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("weight_decay", "max_grad_norm", "examples", "seed"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
@@ -227,6 +234,9 @@ class TrainConfig(DataConfig):
             self.gradient_checkpointing,
         )
         _check(self.memory in get_args(Memory), "memory", f"one of {get_args(Memory)}", self.memory)
+        choices = get_args(Distributed)
+        _check(self.distributed in choices, "distributed", f"one of {choices}", self.distributed)
+        _check(self.distributed == "fsdp" or not self.shard_adapters, "shard_adapters", "False without fsdp", True)
         _check(self.accelerate or not self.offload, "offload", "False without accelerate", self.offload)
         _check(not (self.overwrite and self.resume), "overwrite, resume", "at most one of them", "both")
 

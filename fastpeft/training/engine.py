@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from torch.utils.data import DataLoader
 
@@ -41,13 +41,17 @@ from fastpeft.training.metrics import (
     token_scores,
 )
 from fastpeft.training.prepare import RawData, held_out_split, read_training_data, sorted_by_length
+from fastpeft.training.processes import Processes
 from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
 from fastpeft.training.report import write_report
 from fastpeft.training.run_folder import CHECKPOINTS, RECORD_FILE, REPORT_FILE, TrainingInfo, check_output_folder
+from fastpeft.training.sharding import bytes_elsewhere, check_shardable, shard_base, whole_adapters
 from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
 from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, total_steps, warmup_steps
 
 _FREE_TO_CHANGE = {"resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir"}
+_FREE_TO_CHANGE |= {"nproc", "distributed", "shard_adapters"}
+_ROWS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
 
 def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> RunRecord:
@@ -67,8 +71,14 @@ def run_training(
     Raises:  ValueError, OSError, NotImplementedError with a one-line reason for what is wrong with the input
     """
     clock = Stopwatch()
+    processes = Processes.of_environment()
+    if config.nproc not in (1, processes.count):
+        raise ValueError(
+            f"nproc: expected 1 in a process that is running already, got {config.nproc}; start fastpeft train --nproc "
+            f"{config.nproc}, or your script by torchrun --nproc-per-node {config.nproc}"
+        )
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    checkpoint = _checkpoint_to_resume(config, folder) if config.resume else None
+    checkpoint = _checkpoint_to_resume(config, folder, processes) if config.resume else None
     raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=rows)
     source = model_source(config.model) if model is None else config.model
     tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
@@ -81,7 +91,8 @@ def run_training(
     splits = raw.tokenise(tokenizer, text_format)
 
     transformers.set_seed(config.seed)
-    device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+    device = processes.device(config.use_cpu)
+    processes.join(device)  # from here on one may write what the others checked
     options = config.base_options()
     if model is None:
         base = load_base(source, options, labels=raw.labels, device=device)
@@ -89,9 +100,14 @@ def run_training(
         base = quantize_in_place(model, options)
     align_padding(base, tokenizer)
     described = describe_base(base)
-    step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.count
     steps = total_steps(len(splits["train"].features), step_rows, config.num_train_epochs, config.max_steps)
-    wrapped = get_peft_model(base, config.peft_config(raw.task).for_run(steps)).to(device)
+    sharded = config.distributed == "fsdp" and processes.count > 1
+    wrapped = get_peft_model(base, config.peft_config(raw.task).for_run(steps))
+    if sharded:
+        check_shardable(wrapped, adapters=config.shard_adapters)
+    else:  # a model that is sharded goes to the device layer by layer
+        wrapped.to(device)
     if getattr(config.peft, "init_lora_weights", None) == "eva":
         rows = DataLoader(
             splits["train"].features, config.per_device_train_batch_size, collate_fn=Collator(tokenizer)
@@ -100,8 +116,12 @@ def run_training(
     if config.learning_rate is None:
         rate = suggested_learning_rate(config.peft.peft_type, wrapped.get_nb_trainable_parameters()[1])
         config = dataclasses.replace(config, learning_rate=rate)
-    info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, config.to_dict())
-    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described)
+    options = config.to_dict() | {"processes": processes.count}
+    info = TrainingInfo(raw.task, str(source), raw.labels, raw.columns, text_format, options)
+    if sharded:
+        shard_base(wrapped, device, adapters=config.shard_adapters)
+        described["process_bytes"] = described["bytes"] - bytes_elsewhere(wrapped)
+    run = _Run(config, raw, splits, wrapped, tokenizer, info, folder, described, processes)
     with fast_float32_matmul(run.device) if config.cpu_fast_matmul else contextlib.nullcontext():
         return run.execute(checkpoint, clock), wrapped, tokenizer
 
@@ -120,8 +140,9 @@ class _Run:
 
     def __init__(
         self, config: TrainConfig, raw: RawData, splits: dict[str, PreparedSplit], model: PeftModel, tokenizer: Any,
-        info: TrainingInfo, folder: Path, base: dict[str, Any],
+        info: TrainingInfo, folder: Path, base: dict[str, Any], processes: Processes,
     ):  # fmt: skip
+        self.processes = processes
         self.config, self.raw, self.splits, self.tokenizer, self.info = config, raw, splits, tokenizer, info
         self.folder, self.model, self.base = folder, model, base
         self.device = next(model.parameters()).device
@@ -142,17 +163,22 @@ class _Run:
         start_peak_memory(self.device)
         before = self._score("baseline") if self.config.baseline else None
         trainer = self._trainer()
+        self.processes.own_random_numbers(self.config.seed)
         with self._accelerated():
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = self._score("evaluate")
-        self.model.save_pretrained(self.folder)
-        self.info.save(self.folder)
+        with whole_adapters(self.model), self.processes.first() as writes:
+            if writes:
+                self.model.save_pretrained(self.folder)
+                self.info.save(self.folder)
         record = self._record(before, after, trainer.state.log_history, clock)
         if after is None:
             record.metrics = {"train_loss": outcome.training_loss}
-        record.save(self.folder / RECORD_FILE)
-        if self.config.report:
-            write_report(record, self.folder / REPORT_FILE)
+        with self.processes.first() as writes:
+            if writes:
+                record.save(self.folder / RECORD_FILE)
+                if self.config.report:
+                    write_report(record, self.folder / REPORT_FILE)
         return record
 
     @contextlib.contextmanager
@@ -160,14 +186,15 @@ class _Run:
         """The model is accelerated while it trains, and what it was before and after: all scores are of the model itself."""
         config = self.config
         if not config.accelerate or not isinstance(self.model.get_base_model(), transformers.PreTrainedModel):
-            if self.acceleration:
+            if self.acceleration and self.processes.is_main:
                 print(f"float32 products: {self.acceleration['float32_products']}")
             yield
             return
         acceleration = accelerate(self.model, memory=config.memory, offload=config.offload)
         try:
             with acceleration.fast_matmul() if config.cpu_fast_matmul else contextlib.nullcontext():
-                acceleration.report()
+                if self.processes.is_main:
+                    acceleration.report()
                 yield
             summary = acceleration.summary().splitlines()  # again: it counts the calls that fell back
             self.acceleration |= {"memory": config.memory, "offload": config.offload, "summary": summary}
@@ -180,17 +207,20 @@ class _Run:
             return None
         features = self.splits[self.held_out].features
         size = self.config.per_device_eval_batch_size
-        evaluator = Evaluator(self.model, self.tokenizer, batch_size=size, bf16=self.config.bf16)
+        processes, bf16 = self.processes, self.config.bf16
+        evaluator = Evaluator(self.model, self.tokenizer, batch_size=size, bf16=bf16, progress=processes.is_main)
         if self.raw.task == CLASSIFICATION:
-            logits = evaluator.class_logits(features, description)
+            logits = processes.over_rows(lambda rows: evaluator.class_logits(rows, description), features)
             return _Scores(classification_metrics(logits, np.asarray(features["labels"])), logits)
-        metrics = causal_lm_metrics(evaluator.token_scores(features, description))
+        scores = processes.over_rows(lambda rows: evaluator.token_scores(rows, description), features)
+        metrics = causal_lm_metrics(scores)
         prompts = encode_prompts([prompt for prompt, _ in self.prompts], self.tokenizer, self.info.text_format)
         return _Scores(metrics, responses=evaluator.responses(prompts, self.config.max_new_tokens))
 
     def _trainer(self) -> Trainer:
-        if self.config.overwrite and (self.folder / CHECKPOINTS).exists():
-            shutil.rmtree(self.folder / CHECKPOINTS)
+        with self.processes.first() as writes:
+            if writes and self.config.overwrite and (self.folder / CHECKPOINTS).exists():
+                shutil.rmtree(self.folder / CHECKPOINTS)
         classify = self.raw.task == CLASSIFICATION
         validation = self.splits.get("validation")
         return Trainer(
@@ -209,7 +239,7 @@ class _Run:
     def _arguments(self) -> transformers.TrainingArguments:
         config, accumulation = self.config, self.config.gradient_accumulation_steps
         rows = len(self.splits["train"].features)
-        step_rows = config.per_device_train_batch_size * accumulation
+        step_rows = config.per_device_train_batch_size * accumulation * self.processes.count
         evaluates = "validation" in self.splits and config.eval_strategy != "no"
         metric = config.best_metric(self.raw.task)
         return transformers.TrainingArguments(
@@ -240,6 +270,8 @@ class _Run:
             logging_first_step=True,
             seed=config.seed,
             report_to="none",
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
             dataloader_pin_memory=self.device.type != "cpu",
         )
 
@@ -259,7 +291,11 @@ class _Run:
             data={name: split.report.to_dict() for name, split in self.splits.items()},
             peft_config=self.model.peft_config[self.model.active_adapters[0]].to_dict(),
             training=self.config.to_dict()
-            | {"held_out": self.held_out, "max_length": self.info.text_format.max_length},
+            | {
+                "processes": self.processes.count,
+                "held_out": self.held_out,
+                "max_length": self.info.text_format.max_length,
+            },
             trainable_parameters=trainable,
             total_parameters=total,
             base=self.base,
@@ -303,7 +339,7 @@ def _causal_lm_eval(prediction: transformers.EvalPrediction) -> dict[str, float]
     return causal_lm_metrics(prediction.predictions)
 
 
-def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path:
+def _checkpoint_to_resume(config: TrainConfig, folder: Path, processes: Processes) -> Path:
     """The last complete checkpoint of the run in `folder`; warns of options that differ from the run's."""
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
@@ -311,7 +347,9 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path:
             f"resume: no complete checkpoint in {folder / CHECKPOINTS}; start again with --overwrite"
         )
     earlier = TrainingInfo.load(checkpoint).config
-    now = json.loads(json.dumps(config.to_dict(), default=str))
+    now = json.loads(json.dumps(config.to_dict(), default=str)) | {"processes": processes.count}
+    if _rows_of_a_step(now) == _rows_of_a_step(earlier):  # dealt out to other numbers of processes and batches
+        now = {name: value for name, value in now.items() if name not in _ROWS_OF_A_STEP}
     if config.learning_rate is None:  # the run's own was chosen for it
         now.pop("learning_rate")
     changed = sorted(name for name in now if name not in _FREE_TO_CHANGE and now[name] != earlier.get(name, now[name]))
@@ -319,3 +357,7 @@ def _checkpoint_to_resume(config: TrainConfig, folder: Path) -> Path:
         pairs = ", ".join(f"{name} {earlier[name]!r} -> {now[name]!r}" for name in changed)
         warnings.warn(f"resume: options differ from the interrupted run's, the result will too: {pairs}", stacklevel=3)
     return checkpoint
+
+
+def _rows_of_a_step(options: dict[str, Any]) -> int:
+    return math.prod(options.get(name, 1) for name in _ROWS_OF_A_STEP)

@@ -21,7 +21,8 @@ class RunRecord:
 
     data         split name -> {"rows", "truncated_rows", "truncated_tokens", "empty_rows", ...}
     peft_config  the adapter's config as PEFT writes it; training the hyperparameters
-    base         how the base model is held: {"quantization", "bytes", "blocksize", "double_quant"}; bytes in memory
+    base         how the base model is held: {"quantization", "bytes", "blocksize", "double_quant"}; bytes in memory, of which
+                 {"process_bytes"} in rank 0 where it is sharded
     acceleration {"float32_products": how they were taken}, and of an accelerated training {"memory", "offload", "summary": the
                  lines of its report after the last step}
     baseline     metrics on the held-out set before training, {} if not asked for; metrics: the same after it

@@ -6,6 +6,7 @@ What differs from transformers.Trainer, and why:
 - The loss of a causal LM with a prompt is the mean over its tokens, of which the first follows the prompt.
 - Batches grouped by length are drawn from (seed, epoch) alone, and an evaluation leaves the random state as it found it:
   a run that is resumed continues bit for bit.
+- It runs over several processes with the results and the files of one (across_processes.py).
 - After every optimizer step the adapter's method has its turn (update_and_allocate), and its penalty is added to the loss
   once per step: also where the loss is computed from logits, or accumulated from several batches.
 """
@@ -23,8 +24,10 @@ import transformers
 from torch.utils.data import Sampler, SequentialSampler
 
 from fastpeft.model import PeftModel
+from fastpeft.training.across_processes import AcrossProcesses
 from fastpeft.training.loraplus import create_loraplus_optimizer
 from fastpeft.training.run_folder import TrainingInfo
+from fastpeft.training.sharding import whole_adapters
 from fastpeft.training.tokenise import IGNORED
 
 _CHECKPOINT_FILES = (
@@ -37,7 +40,7 @@ _CHECKPOINT_FILES = (
 _STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
 
 
-class Trainer(transformers.Trainer):
+class Trainer(AcrossProcesses):
     """transformers.Trainer that trains a fastpeft.PeftModel; any other model passes through unchanged.
 
     `info`, if given, is written into every checkpoint, so that a checkpoint can be evaluated and used like the result.
@@ -60,6 +63,7 @@ class Trainer(transformers.Trainer):
         if is_wrapped:
             self.model = self.model_wrapped = self.callback_handler.model = model
             self.add_callback(_AfterStep(self))
+        self.adopt_sharded(model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng():
@@ -119,7 +123,11 @@ class Trainer(transformers.Trainer):
             batches = len(self.get_train_dataloader())
             steps = math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
         self.create_optimizer()
-        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if self.sharded:
+            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.optimizer = self.accelerator.prepare(self.optimizer)
+        else:
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.create_scheduler(steps)
         self.state.max_steps = steps
         self.model_wrapped.zero_grad()
@@ -192,7 +200,7 @@ class Trainer(transformers.Trainer):
         rows = self.train_dataset
         known = "length" in getattr(rows, "column_names", ())
         lengths = rows["length"] if known else [len(row["input_ids"]) for row in rows]
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedByLength(list(lengths), group, seed)
 
@@ -202,16 +210,19 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            self.model.save_pretrained(folder)
-            if self.info is not None:
-                self.info.save(folder)
+            return
+        with whole_adapters(self.model):
+            if self.args.should_save:
+                folder = Path(output_dir or self.args.output_dir)
+                self.model.save_pretrained(folder)
+                if self.info is not None:
+                    self.info.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PeftModel):
-            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
+            with whole_adapters(model, change=True):
+                model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

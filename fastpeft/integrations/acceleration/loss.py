@@ -44,7 +44,10 @@ def replace_loss(walk: "Walk") -> None:
 def _why_never(own: type, config, decoder: str | None) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) != own.__name__:
+    named = next(
+        (base for base in own.__mro__ if base.__module__.startswith("transformers.")), own
+    )  # below FSDP2's own
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) != named.__name__:
         return "its loss is not a causal language model's"
     if decoder is None:
         return f"no row for {config.model_type}'s loss"
