@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,9 +213,14 @@ class Engine:
 
     # -- batches --------------------------------------------------------------------------------------------------------
 
-    def group_of(self, request: Request) -> str | None:
-        """Requests of one group can share a batch: None for all that mix."""
-        return request.adapter if self.served[request.adapter].alone else None
+    def group_of(self, request: Request) -> Hashable:
+        """Requests of one group can share a batch: None for all that mix. Between a prompt's vectors and a text that is padded
+        on its left there would be a gap, which positions see: only texts of one length go together."""
+        served = self.served[request.adapter]
+        if served.alone is None:
+            return None
+        padded = self.task == CAUSAL_LM and served.virtual_tokens
+        return request.adapter, request.length if padded else None
 
     def run(self, requests: list[Request]) -> None:
         """Compute a batch and answer every request; called by the batcher's thread."""

@@ -91,13 +91,19 @@ class TrainedAdapter:
             return causal_lm_metrics(evaluator.token_scores(split.features)), split.report
 
     def classify(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, batch_size: int = 32, bf16: bool = False
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        bf16: bool = False,
+        progress: bool = True,
     ) -> list[dict[str, Any]]:
         """{"label", "probability", "probabilities"} for every text (or pair), in order."""
         features, _ = encode_texts(
             list(texts), list(pairs) if pairs else None, self.tokenizer, self._text_format().max_length
         )
-        evaluator = self._evaluator(batch_size, bf16)
+        evaluator = self._evaluator(batch_size, bf16, progress)
         with fast_float32_matmul(evaluator.device):
             probabilities = class_probabilities(evaluator.class_logits(Dataset.from_dict(features), "predict"))
         return [
@@ -110,11 +116,17 @@ class TrainedAdapter:
         ]
 
     def generate(
-        self, prompts: Sequence[Any], *, max_new_tokens: int = 64, batch_size: int = 8, bf16: bool = False
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 8,
+        bf16: bool = False,
+        progress: bool = True,
     ) -> list[str]:
         """The greedy response to every prompt (a text, or chat messages), in order."""
         ids = encode_prompts(prompts, self.tokenizer, self._text_format())
-        return self._evaluator(batch_size, bf16).responses(ids, max_new_tokens, "predict")
+        return self._evaluator(batch_size, bf16, progress).responses(ids, max_new_tokens, "predict")
 
     def save_merged(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Merge the adapter into the base weights and save a plain transformers folder with the tokenizer.
@@ -146,8 +158,8 @@ class TrainedAdapter:
             return self.info.text_format
         return TextFormat(**vars(self.info.text_format) | {"max_length": longest})
 
-    def _evaluator(self, batch_size: int, bf16: bool) -> Evaluator:
-        return Evaluator(self.model, self.tokenizer, batch_size=batch_size, bf16=bf16)
+    def _evaluator(self, batch_size: int, bf16: bool, progress: bool = True) -> Evaluator:
+        return Evaluator(self.model, self.tokenizer, batch_size=batch_size, bf16=bf16, progress=progress)
 
 
 def adapter_info(folder: str | Path, base_model: str | None = None) -> TrainingInfo:
