@@ -11,7 +11,7 @@ from fastpeft.serving.engine import Engine, Limits, UnknownAdapter
 from fastpeft.serving.writing import RowSampler, Sampling, nucleus
 from fastpeft.training.predict import TrainedAdapter
 from tests import tolerance
-from tests.serving.tiny_server import LABELS, lora, save_adapter
+from tests.serving.tiny_server import LABELS, llama_in_whole_blocks, lora, save_adapter
 from tests.tolerance import assert_close
 from tests.training import tiny
 
@@ -138,8 +138,8 @@ def test_refusals_come_before_the_model_is_read(files, monkeypatch):
     assert threading.active_count() < 50
 
 
-def test_a_quantised_base(files, tmp_path):
-    _, model, _ = files
+def test_a_quantised_base(tmp_path):
+    model = llama_in_whole_blocks(tmp_path / "llama")
     folders = {name: save_adapter(tmp_path / name, model, lora(seed), seed) for seed, name in enumerate("ab", 1)}
     engine = Engine.load(str(model), folders, Limits(max_wait_ms=50), quantization="nf4", use_cpu=True)
     sampling = Sampling(max_new_tokens=3)

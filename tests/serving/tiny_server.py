@@ -17,12 +17,24 @@ from fastpeft.training.record import CLASSIFICATION
 from fastpeft.training.run_folder import TrainingInfo
 from fastpeft.training.text_format import TextFormat
 from tests import tiny_models
+from tests.training import tiny
 
 LABELS = ["negative", "positive"]
 
 
 def lora(seed: int, **options) -> LoraConfig:
     return LoraConfig(**{"r": 2 + seed, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]} | options)
+
+
+def llama_in_whole_blocks(folder: Path) -> Path:
+    """tiny.llama with widths that are multiples of 64: bitsandbytes' CPU code misreads 4-bit rows that end inside a block."""
+    words = tiny.tokenizer()
+    torch.manual_seed(0)
+    ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    sizes = {"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    tiny_models.llama(**sizes, initializer_range=0.2, num_hidden_layers=2, **ids).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def save_adapter(folder: Path, model: Path, config: PeftConfig, seed: int, labels: list[str] | None = None) -> Path:
