@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
+SHUTDOWN_SECONDS = 30
+"""How long requests that are being answered hold up the end of the server."""
+
 
 @dataclass(kw_only=True)
 class ServeConfig:
@@ -79,7 +82,9 @@ def run(config: ServeConfig, results: TextIO) -> dict:
         if not ipaddress.ip_address(address).is_loopback:
             print(f"warning: {address} is not this machine alone, and there is no authentication", file=sys.stderr)
         app = make_app(engine, max_body=config.max_body_kb * 1024)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        )
         shown = f"[{address}]" if ":" in address else address
         print(f"serving {sorted(engine.served)} on http://{shown}:{port}; Ctrl+C ends it", file=sys.stderr, flush=True)
         clock = Stopwatch()
