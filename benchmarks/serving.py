@@ -164,8 +164,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         adapters = make_adapters(options.model, Path(folder))
-        rows = [measure(options.model, adapters, max_batch, options) for max_batch in options.max_batch]
-    print(table(rows))
+        rows = []
+        for max_batch in options.max_batch:
+            rows.append(measure(options.model, adapters, max_batch, options))
+            print(table(rows), flush=True)
     if options.json:
         record = {"machine": machine(), "model": Path(options.model).name, "new_tokens": options.new, "rows": rows}
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ class Recorder:
 
     def __call__(self, jobs):
         self.entered.set()
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         self.batches.append([job.adapter for job in jobs])
         if any(job.adapter == "bad" for job in jobs):
             raise MemoryError("planted")
@@ -40,7 +40,7 @@ def held(recorder, batcher):
     recorder.go.clear()
     first = Job(adapter="first")
     batcher.submit(first)
-    assert recorder.entered.wait(10)
+    assert recorder.entered.wait(60)
     return first
 
 
@@ -51,7 +51,7 @@ def test_batches_are_full_or_as_old_as_may_be_and_of_one_group(recorder):
     for job in jobs:
         batcher.submit(job)
     recorder.go.set()
-    assert [job.future.result(10) for job in jobs] == [job.adapter for job in jobs]
+    assert [job.future.result(60) for job in jobs] == [job.adapter for job in jobs]
     assert recorder.batches == [["first"], ["a", "b", "c", "d"], ["alone", "alone"], ["e"]]
     batcher.close()
 
@@ -61,13 +61,13 @@ def test_a_lone_job_waits_no_longer_than_max_wait(recorder):
     began = time.monotonic()
     job = Job(adapter="a")
     batcher.submit(job)
-    job.future.result(10)
+    job.future.result(60)
     assert time.monotonic() - began >= 0.2
     full = [Job(adapter="b") for _ in range(4)]
     batcher.max_wait = 1000
     for job in full:
         batcher.submit(job)
-    assert [job.future.result(10) for job in full] == ["b"] * 4
+    assert [job.future.result(60) for job in full] == ["b"] * 4
     batcher.close()
 
 
@@ -78,8 +78,8 @@ def test_a_bad_job_fails_alone(recorder):
     for job in (good, bad, other):
         batcher.submit(job)
     recorder.go.set()
-    assert (good.future.result(10), other.future.result(10)) == ("good", "other")
-    assert isinstance(bad.future.exception(10), MemoryError)
+    assert (good.future.result(60), other.future.result(60)) == ("good", "other")
+    assert isinstance(bad.future.exception(60), MemoryError)
     assert recorder.batches[1:] == [["good", "bad", "other"], ["good"], ["bad"], ["other"]]
     batcher.close()
 
@@ -88,7 +88,7 @@ def test_a_job_without_an_answer_is_an_error_not_a_hang():
     batcher = Batcher(lambda jobs: None, lambda job: None, max_batch=1, max_wait=0, max_queue=1)
     job = Job(adapter="a")
     batcher.submit(job)
-    assert "without an answer" in str(job.future.exception(10))
+    assert "without an answer" in str(job.future.exception(60))
     batcher.close()
 
 
@@ -105,7 +105,7 @@ def test_a_full_queue_refuses_and_abandoned_jobs_make_room(recorder):
     batcher.submit(last)
     first.abandon()  # it is being computed: its answer goes nowhere
     recorder.go.set()
-    assert last.future.result(10) == "d"
+    assert last.future.result(60) == "d"
     assert waiting[0].future.cancelled()
     assert recorder.batches == [["first"], ["b", "d"]]
     batcher.close()

@@ -105,7 +105,7 @@ def test_a_base_with_a_trained_head_and_no_adapter(files, tmp_path):
 
 def test_rows_end_at_their_own_length_and_a_short_one_is_answered_first(files):
     _, model, _ = files
-    engine = Engine.load(str(model), {}, Limits(max_wait_ms=100), use_cpu=True)
+    engine = Engine.load(str(model), {}, Limits(max_wait_ms=10_000, max_batch=2), use_cpu=True)
     engine.end_ids = set()
     short = engine.generation("__base__", "w1", Sampling(max_new_tokens=2))
     long = engine.generation("__base__", "w2", Sampling(max_new_tokens=30))

@@ -50,7 +50,7 @@ def expected(folders):
 @pytest.fixture(scope="module")
 def served(folders):
     engine = load(folders)
-    with listening(make_app(engine, max_body=4096)) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with listening(make_app(engine, max_body=4096)) as url, httpx.Client(base_url=url, timeout=90) as client:
         yield engine, client
 
 
@@ -168,17 +168,17 @@ def test_a_body_without_length_is_limited_too(served, expected):
     healthy(client, expected)
 
 
-def _send_and_hang_up(client, body: dict) -> None:
+def _send(client, body: dict) -> socket.socket:
     data = json.dumps(body).encode()
     head = (
         f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
-    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-        connection.sendall(head.encode() + data)
-        time.sleep(0.1)
+    connection = socket.create_connection((client.base_url.host, client.base_url.port))
+    connection.sendall(head.encode() + data)
+    return connection
 
 
-def _until(condition, seconds=10.0) -> bool:
+def _until(condition, seconds=60.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -192,10 +192,13 @@ def test_a_client_that_hangs_up_is_let_go_and_the_server_goes_on(folders, expect
     engine = load(folders, Limits(max_batch=4, max_wait_ms=1, max_new_tokens=50))
     slow = threading.Event()
     run = engine.batcher._run
-    monkeypatch.setattr(engine.batcher, "_run", lambda jobs: (slow.wait(10), run(jobs)))
-    with listening(make_app(engine)) as url, httpx.Client(base_url=url, timeout=30) as client:
-        for _ in range(3):  # the first is in its batch, the others wait
-            _send_and_hang_up(client, {"adapter": "a", "prompt": "w1", "max_new_tokens": 50})
+    monkeypatch.setattr(engine.batcher, "_run", lambda jobs: (slow.wait(60), run(jobs)))
+    taken, submit = [], engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request: (submit(request), taken.append(request)))
+    with listening(make_app(engine)) as url, httpx.Client(base_url=url, timeout=90) as client:
+        for count in range(1, 4):  # the first is in its batch, the others wait
+            with _send(client, {"adapter": "a", "prompt": "w1", "max_new_tokens": 50}):
+                assert _until(lambda count=count: len(taken) == count and taken[0].future.running())
         assert _until(lambda: metric(client, "fastpeft_abandoned_total") == 3)
         assert metric(client, "fastpeft_requests_total", code=499) == 3
         slow.set()
@@ -211,14 +214,14 @@ def test_a_full_queue_is_429_and_a_closing_server_finishes_what_waits(folders, e
     engine = load(folders, Limits(max_batch=1, max_wait_ms=0, max_queue=2, max_new_tokens=16))
     go, computing = threading.Event(), threading.Event()
     run = engine.batcher._run
-    monkeypatch.setattr(engine.batcher, "_run", lambda jobs: (computing.set(), go.wait(20), run(jobs)))
+    monkeypatch.setattr(engine.batcher, "_run", lambda jobs: (computing.set(), go.wait(60), run(jobs)))
     answers: list[httpx.Response] = []
-    with listening(make_app(engine)) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with listening(make_app(engine)) as url, httpx.Client(base_url=url, timeout=90) as client:
         body = {"adapter": "b", "prompt": PROMPTS[0], "max_new_tokens": NEW}
-        post = lambda: answers.append(httpx.post(f"{url}/generate", json=body, timeout=30))  # noqa: E731
+        post = lambda: answers.append(httpx.post(f"{url}/generate", json=body, timeout=90))  # noqa: E731
         threads = [threading.Thread(target=post) for _ in range(3)]
         threads[0].start()
-        assert computing.wait(10)
+        assert computing.wait(60)
         for thread in threads[1:]:
             thread.start()
         assert _until(lambda: engine.batcher.depth == 2)
@@ -228,7 +231,7 @@ def test_a_full_queue_is_429_and_a_closing_server_finishes_what_waits(folders, e
         assert metric(client, "fastpeft_queue_depth") == 2
         threading.Timer(0.3, go.set).start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert [answer.status_code for answer in answers] == [200] * 3
     assert {answer.json()["text"] for answer in answers} == {expected["b", PROMPTS[0]]}
     assert not engine.batcher.alive
