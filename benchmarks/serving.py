@@ -1,6 +1,7 @@
 """Latency of fastpeft serve over loopback under concurrent requests for different adapters.
 
-    python -m benchmarks.serving --model FOLDER [--requests 200] [--concurrency 50] [--new 32] [--max-batch 16 1] [--json FILE]
+    python -m benchmarks.serving --model FOLDER [--requests 200] [--concurrency 50] [--new 32] [--max-batch 16 1]
+                                 [--dtype float32] [--json FILE]
 
 Two LoRA adapters (r = 8 on all linears) with drawn values are made beside the base model, and `fastpeft serve` is started with
 them in a process of its own, once for each --max-batch; 1 is a server that never mixes. Every client sends one request after the
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=50)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--max-batch", type=int, nargs="+", default=[16, 1])
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +171,13 @@ def main() -> None:
             rows.append(measure(options.model, adapters, max_batch, options))
             print(table(rows), flush=True)
     if options.json:
-        record = {"machine": machine(), "model": Path(options.model).name, "new_tokens": options.new, "rows": rows}
+        record = {
+            "machine": machine(),
+            "model": Path(options.model).name,
+            "new_tokens": options.new,
+            "dtype": options.dtype,
+            "rows": rows,
+        }
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
