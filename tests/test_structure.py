@@ -27,7 +27,7 @@ LAYERS = (
     {"model"},
     {"integrations"},
     {"training"},
-    {"demo"},
+    {"demo", "serving"},
     {"cli"},
 )
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}

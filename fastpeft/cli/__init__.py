@@ -1,4 +1,4 @@
-"""The command line: fastpeft train | evaluate | predict | merge | inspect | plan | tune | demo.
+"""The command line: fastpeft train | evaluate | predict | merge | serve | inspect | plan | tune | demo.
 
 Progress and messages go to standard error; the last line on standard output is one JSON object of results.
 Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted; 1 a fault
@@ -23,11 +23,14 @@ COMMANDS = {
     "evaluate": "metrics of an adapter on labelled rows",
     "predict": "labels or responses of an adapter for new rows or texts",
     "merge": "adapter + base model -> one plain transformers model",
+    "serve": "many adapters on one base model over HTTP, requests for different ones in one batch",
     "inspect": "what an adapter holds, or what a config would train in a model",
     "plan": "peak memory of a training step, what it is made of, and which GPUs it fits",
     "tune": "measure on this machine which algorithms are fastest for a model's linears",
     "demo": "a complete example: data, training, metrics, report",
 }
+EXTRAS = {"serve": "serve"}
+"""The extra of pyproject.toml that a command needs; "demo" has what every other one does."""
 INPUT_ERRORS = (ValueError, TypeError, OSError, NotImplementedError)
 """What bad input raises; anything else is a fault of the program and shows its traceback."""
 
@@ -70,12 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         return _fail(error, debug)
     except ModuleNotFoundError as error:
+        extra = EXTRAS.get(command, "demo")
         missing = ValueError(
-            f"fastpeft {command} needs {error.name}, which is not installed: pip install 'fastpeft[demo]'"
+            f"fastpeft {command} needs {error.name}, which is not installed: pip install 'fastpeft[{extra}]'"
         )
         return _fail(missing.with_traceback(error.__traceback__), debug)
     except KeyboardInterrupt:
-        print("interrupted; a training run continues from its last checkpoint with --resume", file=sys.stderr)
+        print(
+            "interrupted; train goes on from its last checkpoint with --resume, predict from the end of --output",
+            file=sys.stderr,
+        )
         return 130
     if result is not None:
         print(json.dumps(result, ensure_ascii=False))

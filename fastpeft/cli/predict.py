@@ -1,19 +1,24 @@
 """fastpeft predict."""
 
+import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
-from fastpeft.checkpoint import replace_files
+SORTED_BATCHES = 8
+"""Batches of texts to classify that are sorted by length together and written at once; responses are written batch by batch."""
 
 
 @dataclass(kw_only=True)
 class PredictConfig:
-    """Labels or responses of an adapter, as JSON lines: into a file, or on standard output before the results."""
+    """Labels or responses of an adapter, as JSON lines: into a file, or on standard output before the results.
+
+    A file grows batch by batch. Started again after it was cut off, the same command goes on after its last complete row."""
 
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to classify, or prompts to answer."""
@@ -51,8 +56,11 @@ CONFIG = PredictConfig
 
 
 def run(config: PredictConfig, results: TextIO) -> dict:
-    """Predict, write the JSON lines, and return how many there are."""
+    """Predict, write the JSON lines batch by batch, and return how many there are."""
+    from tqdm.auto import tqdm
+
     from fastpeft.training.data import read_table
+    from fastpeft.training.growing_file import GrowingFile
     from fastpeft.training.measure import Stopwatch
     from fastpeft.training.predict import TrainedAdapter
     from fastpeft.training.record import CLASSIFICATION
@@ -69,24 +77,62 @@ def run(config: PredictConfig, results: TextIO) -> dict:
     else:
         rows = list(table)
         inputs, pairs = _inputs(table, adapter.info.columns, config.column, classify)
-    if classify:
-        found = adapter.classify(inputs, pairs, batch_size=config.batch_size, bf16=config.bf16)
-        found = [{"prediction": row.pop("label"), **row} for row in found]
-    else:
-        options = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size, "bf16": config.bf16}
-        found = [{"prediction": text} for text in adapter.generate(inputs, **options)]
-    lines = [json.dumps(row | answer, ensure_ascii=False, default=str) for row, answer in zip(rows, found, strict=True)]
-    text = "".join(f"{line}\n" for line in lines)
-    if config.output is None:
-        results.write(text)
-    else:
-        replace_files({Path(config.output): lambda path: path.write_text(text, encoding="utf-8")})
+
+    output = None
+    if config.output is not None:
+        output = GrowingFile(config.output, _made_of(config, adapter.info.model), overwrite=config.overwrite)
+    done = 0 if output is None else output.done
+    if done:
+        print(f"{config.output} has {done} of {len(rows)} rows; going on after them", file=sys.stderr)
+    step = config.batch_size * (SORTED_BATCHES if classify else 1)
+    try:
+        with tqdm(total=len(rows), initial=done, desc="predict", unit="row") as bar:
+            for start in range(done, len(rows), step):
+                part = slice(start, start + step)
+                found = _predictions(adapter, inputs[part], pairs and pairs[part], config, classify)
+                answered = [row | answer for row, answer in zip(rows[part], found, strict=True)]
+                if output is not None:
+                    output.append(answered)
+                else:
+                    results.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answered)
+                bar.update(len(answered))
+        if output is not None:
+            output.finish()
+    finally:
+        if output is not None:
+            output.close()
     return {
         "task": adapter.info.task,
         "rows": len(rows),
+        "resumed_after": done,
         "output": config.output,
         "seconds": round(clock.seconds(), 3),
         "adapter": config.adapter,
+    }
+
+
+def _predictions(adapter: Any, inputs: list, pairs: list | None, config: PredictConfig, classify: bool) -> list[dict]:
+    options = {"batch_size": config.batch_size, "bf16": config.bf16, "progress": False}
+    if classify:
+        return [{"prediction": row.pop("label"), **row} for row in adapter.classify(inputs, pairs, **options)]
+    texts = adapter.generate(inputs, max_new_tokens=config.max_new_tokens, **options)
+    return [{"prediction": text} for text in texts]
+
+
+def _made_of(config: PredictConfig, model: str) -> dict[str, Any]:
+    """What the rows of an output depend on: it goes on only with the same."""
+    from fastpeft.training.growing_file import digest
+
+    files = sorted(path for path in Path(config.adapter).iterdir() if path.name.startswith(("adapter_", "fastpeft_")))
+    texts = hashlib.sha256(json.dumps(config.texts).encode()).hexdigest()
+    return {
+        "input": digest(config.input) if config.input else texts,
+        "adapter": digest(*files),
+        "base model": model,
+        "column": config.column,
+        "max_new_tokens": config.max_new_tokens,
+        "dtype": config.dtype,
+        "bf16": config.bf16,
     }
 
 
@@ -113,7 +159,10 @@ def _before_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+    """What can be refused before the model is read."""
+    from fastpeft.training.growing_file import unfinished_note
+
+    if path.exists() and not overwrite and not unfinished_note(path).exists():
         raise FileExistsError(f"output {path}: the file exists; use another name or --overwrite")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise NotADirectoryError(f"output {path}: expected a folder that can be written, got {path.parent}")

@@ -47,7 +47,8 @@ class Evaluator:
         """What the model writes, greedily, after each prompt (token ids), without special tokens."""
         found: dict[int, str] = {}
         for rows in self._batches([len(ids) for ids in prompts], description):
-            batch = self._left_padded([list(prompts[row]) for row in rows])
+            batch = self.collate.left_padded([list(prompts[row]) for row in rows])
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             with self._frozen():
                 written = self.model.generate(
                     **batch,
@@ -86,13 +87,6 @@ class Evaluator:
                 placed = np.empty((count, *values.shape[1:]), dtype=values.cpu().numpy().dtype)
             placed[rows] = values.cpu().numpy()
         return np.empty((0, 0)) if placed is None else placed
-
-    def _left_padded(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        longest = max(map(len, prompts))
-        fill = self.collate.fill["input_ids"]
-        ids = torch.tensor([[fill] * (longest - len(row)) + row for row in prompts])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from fastpeft.integrations.transformers import align_padding, load_tokenizer, lo
 from fastpeft.methods.config import HEAD_NAMES
 from fastpeft.model import PeftModel
 from fastpeft.ops.fast_matmul import fast_float32_matmul
-from fastpeft.training.base_model import load_base
-from fastpeft.training.config import DEFAULT_MAX_LENGTH, TASK_TYPES, BaseOptions
+from fastpeft.training.base_model import load_base, quantize_in_place
+from fastpeft.training.config import DEFAULT_MAX_LENGTH, TASK_TYPES, BaseOptions, Quantization
 from fastpeft.training.data import choose_columns, require_columns
 from fastpeft.training.evaluate import Evaluator
 from fastpeft.training.metrics import causal_lm_metrics, class_probabilities, classification_metrics
@@ -91,13 +91,19 @@ class TrainedAdapter:
             return causal_lm_metrics(evaluator.token_scores(split.features)), split.report
 
     def classify(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, batch_size: int = 32, bf16: bool = False
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        bf16: bool = False,
+        progress: bool = True,
     ) -> list[dict[str, Any]]:
         """{"label", "probability", "probabilities"} for every text (or pair), in order."""
         features, _ = encode_texts(
             list(texts), list(pairs) if pairs else None, self.tokenizer, self._text_format().max_length
         )
-        evaluator = self._evaluator(batch_size, bf16)
+        evaluator = self._evaluator(batch_size, bf16, progress)
         with fast_float32_matmul(evaluator.device):
             probabilities = class_probabilities(evaluator.class_logits(Dataset.from_dict(features), "predict"))
         return [
@@ -110,16 +116,32 @@ class TrainedAdapter:
         ]
 
     def generate(
-        self, prompts: Sequence[Any], *, max_new_tokens: int = 64, batch_size: int = 8, bf16: bool = False
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 8,
+        bf16: bool = False,
+        progress: bool = True,
     ) -> list[str]:
         """The greedy response to every prompt (a text, or chat messages), in order."""
         ids = encode_prompts(prompts, self.tokenizer, self._text_format())
-        return self._evaluator(batch_size, bf16).responses(ids, max_new_tokens, "predict")
+        return self._evaluator(batch_size, bf16, progress).responses(ids, max_new_tokens, "predict")
 
-    def save_merged(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save_merged(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        dtype: torch.dtype | None = None,
+        quantization: Quantization = "none",
+        check: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Merge the adapter into the base weights and save a plain transformers folder with the tokenizer.
 
         Everything is written under a temporary name first. The adapter is used up: this object has no adapter afterwards.
+        dtype: what the merged weights are rounded to (None: the base's); quantization: what they are then quantised to
+        check: called with the finished folder before it takes its place
         Raises:  FileExistsError if the folder holds anything and overwrite is not set; OSError if it cannot be written
         """
         folder = Path(folder)
@@ -128,8 +150,12 @@ class TrainedAdapter:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _replaced(folder) as draft:
             merged = self.model.merge_and_unload(safe_merge=True)
+            merged = merged if dtype is None else merged.to(dtype)
+            merged = quantize_in_place(merged, BaseOptions(quantization=quantization))
             merged.save_pretrained(draft)
             self.tokenizer.save_pretrained(draft)
+            if check is not None:
+                check(draft)
         return folder
 
     def _columns(self, names: Sequence[str], overrides: dict[str, str | None]) -> Any:
@@ -146,8 +172,8 @@ class TrainedAdapter:
             return self.info.text_format
         return TextFormat(**vars(self.info.text_format) | {"max_length": longest})
 
-    def _evaluator(self, batch_size: int, bf16: bool) -> Evaluator:
-        return Evaluator(self.model, self.tokenizer, batch_size=batch_size, bf16=bf16)
+    def _evaluator(self, batch_size: int, bf16: bool, progress: bool = True) -> Evaluator:
+        return Evaluator(self.model, self.tokenizer, batch_size=batch_size, bf16=bf16, progress=progress)
 
 
 def adapter_info(folder: str | Path, base_model: str | None = None) -> TrainingInfo:

@@ -164,6 +164,15 @@ class Collator:
             batch[name] = torch.tensor(values, dtype=torch.long)
         return batch
 
+    def left_padded(self, prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask of prompts that are to be continued."""
+        longest = max(map(len, prompts))
+        fill = self.fill["input_ids"]
+        return {
+            "input_ids": torch.tensor([[fill] * (longest - len(row)) + row for row in prompts]),
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts]),
+        }
+
     def _padded(self, values: list[int], length: int, fill: int) -> list[int]:
         padding = [fill] * (length - len(values))
         return padding + values if self.left else values + padding
