@@ -19,6 +19,9 @@ class RunRecord:
     Units: seconds wall clock, cpu_seconds of this process over all threads, peak_memory_mb in 10^6 bytes,
     adapter_bytes in bytes; accuracy, f1, precision, recall, roc_auc in 0..1; loss in nats.
 
+    data_hash    SHA-256 of every split's rows, columns and class names, before they are cut to tokens
+    train_seconds, train_tokens, tokens_per_second: of the training steps of this call, without evaluations; the tokens are those
+                 of the rows without padding, and of a resumed run only those after the checkpoint
     data         split name -> {"rows", "truncated_rows", "truncated_tokens", "empty_rows", ...}
     peft_config  the adapter's config as PEFT writes it; training the hyperparameters
     base         how the base model is held: {"quantization", "bytes", "blocksize", "double_quant"}; bytes in memory
@@ -35,6 +38,7 @@ class RunRecord:
     task: str
     model: str
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data_hash: str = ""
     peft_config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     trainable_parameters: int = 0
@@ -49,6 +53,9 @@ class RunRecord:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    tokens_per_second: float = 0.0
     labels: list[str] = field(default_factory=list)
     confusion: list[list[int]] | None = None
     roc: dict[str, Any] | None = None
@@ -98,7 +105,9 @@ class RunRecord:
             "total_parameters": self.total_parameters,
             **{f"base_{name}": self.base[name] for name in ("quantization", "bytes") if name in self.base},
             "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
             "adapter": self.adapter,
         }
         return _plain(result)
