@@ -1,7 +1,7 @@
-"""The command line: fastpeft train | evaluate | predict | merge | inspect | tune | demo.
+"""The command line: fastpeft train | study | evaluate | predict | merge | inspect | tune | demo.
 
 Progress and messages go to standard error; the last line on standard output is one JSON object of results.
-Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted.
+Exit codes: 0 done; 1 some runs of a study failed; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted.
 A command's module is imported when it runs, so `fastpeft --help` needs neither torch nor transformers.
 """
 
@@ -17,6 +17,7 @@ from fastpeft import __version__
 
 COMMANDS = {
     "train": "fine-tune a model on your rows; writes an adapter, metrics and a report",
+    "study": "methods x options x seeds on one data set, compared with statistics",
     "evaluate": "metrics of an adapter on labelled rows",
     "predict": "labels or responses of an adapter for new rows or texts",
     "merge": "adapter + base model -> one plain transformers model",
@@ -68,10 +69,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         return _fail(missing.with_traceback(error.__traceback__), debug)
     except KeyboardInterrupt:
-        print("interrupted; a training run continues from its last checkpoint with --resume", file=sys.stderr)
+        print(
+            "interrupted; a training run continues from its last checkpoint with --resume, a study by itself",
+            file=sys.stderr,
+        )
         return 130
     print(json.dumps(result, ensure_ascii=False))
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 def _run(command: str, options: list[str]) -> dict:

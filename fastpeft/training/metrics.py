@@ -24,7 +24,8 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     """Metrics of logits [N, C] against labels [N].
 
     loss is the mean cross-entropy in nats. Two classes: precision, recall, f1, roc_auc of class 1. More: the macro
-    average, ROC-AUC one class against the rest. f1_macro is the mean of the classes' f1 in both cases. roc_auc is left out where a class has no row (it is not defined).
+    average, ROC-AUC one class against the rest.
+    f1_macro is the mean of the classes' f1 in both cases. roc_auc is left out where a class has no row (it is not defined).
     """
     probabilities = class_probabilities(logits)
     classes = probabilities.shape[1]

@@ -69,7 +69,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON types; a number that is not finite becomes None, as JSON has no NaN."""
-        return _plain(asdict(self))
+        return plain_json(asdict(self))
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the record as JSON to `path`, through a temporary name, and return the path."""
@@ -110,23 +110,23 @@ class RunRecord:
             "tokens_per_second": round(self.tokens_per_second, 1),
             "adapter": self.adapter,
         }
-        return _plain(result)
+        return plain_json(result)
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Copy of `value` with sets sorted to lists, tuples as lists, paths as text, non-finite floats as None."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
+        return sorted(plain_json(item) for item in value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item())
+        return plain_json(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)

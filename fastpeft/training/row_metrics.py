@@ -2,7 +2,8 @@
 
 A metric is a function of weights, [B, N] -> [B] float64: row n counts weights[b, n] times in draw b, and weights of one give
 the metric itself. A bootstrap's weights are counts of drawn rows, a jackknife's leave a row out, and a permutation's
-choose one of two predictions for each row. A metric that is not defined in a draw (ROC-AUC without one of the classes) is NaN there.
+choose one of two predictions for each row. A metric that is not defined in a draw (ROC-AUC without one of the classes) is NaN
+there.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,9 @@
 """How sure a comparison on held-out rows is: bootstrap intervals, paired tests, and Holm's correction.
 
-The unit of every draw is a held-out row, never a (row, seed) pair: runs of several seeds see the same rows, and counting a row once
-for each seed would make intervals and p-values too small. What a method scores is the mean of the metric over its seeds, and a draw
-takes or exchanges a row in all of its seeds at once. So all of this is about the rows that were drawn, given the runs that were
-trained; how much seeds differ is a standard deviation of its own, beside it.
+The unit of every draw is a held-out row, never a (row, seed) pair: runs of several seeds see the same rows, and counting a row
+once for each seed would make intervals and p-values too small. What a method scores is the mean of the metric over its seeds, and
+a draw takes or exchanges a row in all of its seeds at once. So all of this is about the rows that were drawn, given the runs that
+were trained; how much seeds differ is a standard deviation of its own, beside it.
 """
 
 import math
@@ -150,8 +150,9 @@ def paired_permutation(metric: RowMetric, rows: int, *, resamples: int = 2000, s
 def holm(p_values: Mapping[str, float] | Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979), in the given order: reject where one is at most alpha.
 
-    The k-th smallest of m is multiplied by m - k + 1, and none is below one before it. The chance of any false rejection among all
-    of them stays at most alpha, however they depend on each other. NaN (a test that could not be made) stays NaN and is not counted.
+    The k-th smallest of m is multiplied by m - k + 1, and none is below one before it. The chance of any false rejection among
+    all of them stays at most alpha, however they depend on each other. NaN (a test that could not be made) stays NaN and is not
+    counted.
     """
     values = np.asarray(list(p_values.values()) if isinstance(p_values, Mapping) else list(p_values), dtype=np.float64)
     known = np.flatnonzero(np.isfinite(values))
