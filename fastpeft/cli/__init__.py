@@ -1,7 +1,8 @@
 """The command line: fastpeft train | study | evaluate | predict | merge | inspect | tune | demo.
 
 Progress and messages go to standard error; the last line on standard output is one JSON object of results.
-Exit codes: 0 done; 1 some runs of a study failed; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted.
+Exit codes: 0 done; 1 some runs of a study failed; 2 bad input, with one line `error: ...` on standard error and nothing written;
+130 interrupted.
 A command's module is imported when it runs, so `fastpeft --help` needs neither torch nor transformers.
 """
 

@@ -316,7 +316,7 @@ class _Run:
         return record
 
     def _add_throughput(self, record: RunRecord, state: Any, began: dict[str, Any], seconds: float) -> None:
-        """Tokens of the rows that were trained on since `began`, the checkpoint's state; a part of an epoch by a row's mean length."""
+        """Tokens trained on since `began`, the checkpoint's state; a part of an epoch counts by the mean length of a row."""
         first = began.get("global_step", 0)
         evaluations = [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e and e["step"] > first]
         epochs = (state.epoch or 0.0) - (began.get("epoch") or 0.0)

@@ -61,8 +61,8 @@ def study(
     jobs:       processes that train at once
     check_only: check everything, print the runs, and train none; returns None
 
-    A run that is finished is never trained again, an interrupted one goes on from its last checkpoint, a failed one is recorded and
-    tried again by the next call. The validation rows, where they are split off, are the same for all runs.
+    A run that is finished is never trained again, an interrupted one goes on from its last checkpoint, a failed one is recorded
+    and tried again by the next call. The validation rows, where they are split off, are the same for all runs.
     Raises:  ValueError, TypeError, OSError with a one-line reason for what is wrong with the input, before anything runs
     """
     from fastpeft.training.row_metrics import LOWER_IS_BETTER

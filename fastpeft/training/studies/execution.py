@@ -1,4 +1,4 @@
-"""The runs of a study: one folder each, named by a digest of what decides the result; done once, resumed, or recorded as failed."""
+"""The runs of a study: one folder each, named by a digest of what decides the result; done once, resumed, or failed."""
 
 import contextlib
 import dataclasses
