@@ -39,7 +39,8 @@ def mean_roc(rows: Sequence[Mapping[str, np.ndarray]]) -> Curve | None:
 def mean_precision_recall(rows: Sequence[Mapping[str, np.ndarray]]) -> Curve | None:
     """The mean precision at every recall, and the mean average precision; None but for two classes.
 
-    Precision at a recall is that of the largest threshold which reaches it: no line is drawn between points (Davis & Goadrich 2006).
+    Precision at a recall is that of the largest threshold which reaches it: no line is drawn between points (Davis & Goadrich
+    2006).
     """
     if not _two_classes(rows):
         return None

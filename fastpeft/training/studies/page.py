@@ -177,10 +177,10 @@ def _pairs(found: Comparison) -> str:
         )
     left_out = len(found.pairs) - len(rows)
     note = (
-        "Difference of the means over the seeds that both have, and its two-sided p, corrected over all pairs (Holm). Right rows: "
-        "McNemar's exact test, with several seeds the sign test on the number of seeds that have a row right; apart: rows that the "
-        "first, and the second, has right more often. The others: paired permutation, rows exchanged between the two in all seeds "
-        f"at once, {count_text(found.sureness.resamples)} draws."
+        "Difference of the means over the seeds that both have, and its two-sided p, corrected over all pairs (Holm). Right "
+        "rows: McNemar's exact test, with several seeds the sign test on the number of seeds that have a row right; apart: rows "
+        "that the first, and the second, has right more often. The others: paired permutation, rows exchanged between the two in "
+        f"all seeds at once, {count_text(found.sureness.resamples)} draws."
         + (f" {left_out} pairs with a larger p are in summary.json." if left_out else "")
     )
     return f'{_table(["", *(_NAMES[test] for test in tests), "apart"], rows)}<p class="note">{escape(note)}</p>'
