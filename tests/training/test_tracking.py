@@ -48,7 +48,7 @@ def test_wrong_names():
 def test_a_run_knows_its_data_and_its_throughput(tmp_path):
     """Tokens are those of the rows: two epochs read each twice; a resumed run counts those after its checkpoint."""
     tiny.bert(tmp_path / "bert", layers=1)
-    data = {"train": tiny.reviews(16), "test": tiny.reviews(8, seed=1)}
+    data = {"train": tiny.reviews(16), "validation": tiny.reviews(4, seed=2), "test": tiny.reviews(8, seed=1)}
     options = {"num_train_epochs": 2, "save_predictions": True, "report_to": ["none"], **FAST}
     done = finetune(tmp_path / "bert", data, "lora", tmp_path / "out", **options)
     record = RunRecord.load(tmp_path / "out/run.json")

@@ -232,7 +232,7 @@ def execute_run(run: PlannedRun, rows: dict[str, Dataset], labels: list[str]) ->
     resume = last_checkpoint(folder / CHECKPOINTS) is not None
     config = dataclasses.replace(run.config, resume=resume, overwrite=not resume)
     try:
-        with (folder / LOG_FILE).open("a", encoding="utf-8") as log, _printing_to(log):
+        with (folder / LOG_FILE).open("a", encoding="utf-8", buffering=1) as log, _printing_to(log):
             _train(config, rows, labels)
     except RUN_ERRORS as error:
         _BASES.clear()
