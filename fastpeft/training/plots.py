@@ -133,9 +133,7 @@ class Measured:
     colour: str = "after"
 
 
-def scatter_chart(
-    points: Sequence[Measured], *, title: str, x_label: str, y_label: str, x_format: Callable[[float], str]
-) -> str:
+def scatter_chart(points: Sequence[Measured], *, title: str, x_label: str, x_format: Callable[[float], str]) -> str:
     """Points with intervals over a logarithmic abscissa of powers of ten; "" without a finite one."""
     points = [p for p in points if p.x > 0 and all(map(math.isfinite, (p.x, p.y)))]
     if not points:
@@ -147,7 +145,7 @@ def scatter_chart(
     y_ticks = _ticks(min(ends), max(ends), 5)
     frame = _Frame(x_range, (y_ticks[0], y_ticks[-1]), height)
     x_ticks = [float(power) for power in range(x_range[0], x_range[1] + 1)]
-    body = [frame.grid(x_ticks, y_ticks, _number, x_label, y_label=y_label, x_format=lambda v: x_format(10.0**v))]
+    body = [frame.grid(x_ticks, y_ticks, _number, x_label, x_format=lambda v: x_format(10.0**v))]
     for p, log in zip(points, logs):
         x = frame.x(log)
         if math.isfinite(p.low) and math.isfinite(p.high):

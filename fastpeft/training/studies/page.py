@@ -208,7 +208,6 @@ def _scatter(found: Comparison, shown: Sequence[VariantResult]) -> str:
         points,
         title=f"{_NAMES[found.metric]} and its interval",
         x_label="trained parameters",
-        y_label=_NAMES[found.metric],
         x_format=lambda number: short_count_text(round(number)),
     )
     sizes = [
