@@ -86,6 +86,7 @@ _EXPORTS = {
     "rescale_adapter_scale": "fastpeft.tuner.scaling",
     "restore": "fastpeft.integrations.acceleration",
     "set_peft_model_state_dict": "fastpeft.model.plain",
+    "study": "fastpeft.training.studies.conduct",
 }
 
 __all__ = [
@@ -166,6 +167,7 @@ __all__ = [
     "rescale_adapter_scale",
     "restore",
     "set_peft_model_state_dict",
+    "study",
 ]
 
 if TYPE_CHECKING:
@@ -239,6 +241,7 @@ if TYPE_CHECKING:
     from fastpeft.training.finetune import finetune
     from fastpeft.training.loraplus import create_loraplus_optimizer
     from fastpeft.training.plan import plan
+    from fastpeft.training.studies.conduct import study
     from fastpeft.tuner.scaling import rescale_adapter_scale
 
 

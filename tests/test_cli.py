@@ -83,7 +83,7 @@ def test_train_causal_lm(generator):
     record = RunRecord.load(generator / "run.json")
     assert record.task == "causal_lm"
     assert record.metrics["loss"] < 0.7 * record.baseline["loss"]
-    assert {"loss", "perplexity", "token_accuracy", "tokens"} == set(record.metrics)
+    assert {"loss", "perplexity", "token_accuracy", "exact_match", "tokens"} == set(record.metrics)
     assert {"prompt", "response", "before", "after"} == set(record.examples[0])
     assert json.loads((generator / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 

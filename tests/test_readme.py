@@ -7,11 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import accelerate, methods, tables
 from benchmarks.__main__ import shown_in_readme
 from benchmarks.machine import named
 from fastpeft.cli import COMMANDS, _parse
+from fastpeft.training.studies.spec import read_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,3 +66,12 @@ def test_the_table_of_methods_is_that_of_the_results_file():
     record = json.loads((ROOT / methods.RESULTS).read_text(encoding="utf-8"))
     assert methods.table(record) in README
     assert f"({record['machine']['isa']})" in README
+
+
+def test_the_study_that_is_shown_is_one():
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    spec = read_study(yaml.safe_load(text))
+    assert [(space.method, len(space.axes)) for space in spec.methods] == [
+        (m, 0) for m in ("lora", "dora", "ia3", "bitfit")
+    ]
+    assert spec.seeds == [0, 1, 2]

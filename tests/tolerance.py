@@ -64,6 +64,15 @@ SPREAD_OF_INIT = 0.02
 METRICS_REPEATED = 1e-5
 """Relative distance of a metric from the same metric computed in other batches."""
 
+RESAMPLED_BOUND = 0.05
+"""Distance of an interval's bound from the same bound by other draws, 20,000 each, as part of the interval's width."""
+
+RESAMPLED_P = 0.02
+"""Distance of a permutation test's p-value from the same by other draws, 20,000 each."""
+
+CHANCE = 0.001
+"""A count that is less likely than this, were the claim true, speaks against the claim."""
+
 STATIC_SHARE_SLACK = 0.01
 """How far a static share (vector width, pipe share) may fall below its recorded value: rounding in the record."""
 

@@ -1,8 +1,8 @@
-"""The command line: fastpeft train | evaluate | predict | merge | serve | inspect | plan | tune | demo.
+"""The command line: fastpeft train | study | evaluate | predict | merge | serve | inspect | plan | tune | demo.
 
 Progress and messages go to standard error; the last line on standard output is one JSON object of results.
-Exit codes: 0 done; 2 bad input, with one line `error: ...` on standard error and nothing written; 130 interrupted; 1 a fault
-of the program, or a process of several that was lost.
+Exit codes: 0 done; 1 some runs of a study failed, a fault of the program, or a process of several that was lost; 2 bad input,
+with one line `error: ...` on standard error and nothing written; 130 interrupted.
 A command's module is imported when it runs, so `fastpeft --help` needs neither torch nor transformers.
 """
 
@@ -20,6 +20,7 @@ from fastpeft.cli.launch import ProcessError, run_in_processes, wanted
 
 COMMANDS = {
     "train": "fine-tune a model on your rows; writes an adapter, metrics and a report",
+    "study": "methods x options x seeds on one data set, compared with statistics",
     "evaluate": "metrics of an adapter on labelled rows",
     "predict": "labels or responses of an adapter for new rows or texts",
     "merge": "adapter + base model -> one plain transformers model",
@@ -80,13 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(missing.with_traceback(error.__traceback__), debug)
     except KeyboardInterrupt:
         print(
-            "interrupted; train goes on from its last checkpoint with --resume, predict from the end of --output",
+            "interrupted; train goes on from its last checkpoint with --resume, predict from the end of --output, a study by itself",
             file=sys.stderr,
         )
         return 130
-    if result is not None:
-        print(json.dumps(result, ensure_ascii=False))
-    return 0
+    if result is None:
+        return 0
+    print(json.dumps(result, ensure_ascii=False))
+    return 1 if result.get("failed") else 0
 
 
 def run_command(command: str, options: list[str]) -> dict | None:

@@ -16,11 +16,21 @@ _EXPORTS = {
     "TrainedAdapter": "fastpeft.training.predict",
     "Trainer": "fastpeft.training.trainer",
     "finetune": "fastpeft.training.finetune",
+    "study": "fastpeft.training.studies.conduct",
     "suggested_learning_rate": "fastpeft.training.guidance",
     "train": "fastpeft.training.engine",
 }
 
-__all__ = ["RunRecord", "TrainConfig", "TrainedAdapter", "Trainer", "finetune", "suggested_learning_rate", "train"]
+__all__ = [
+    "RunRecord",
+    "TrainConfig",
+    "TrainedAdapter",
+    "Trainer",
+    "finetune",
+    "study",
+    "suggested_learning_rate",
+    "train",
+]
 
 if TYPE_CHECKING:
     from fastpeft.training.config import TrainConfig
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
     from fastpeft.training.guidance import suggested_learning_rate
     from fastpeft.training.predict import TrainedAdapter
     from fastpeft.training.record import RunRecord
+    from fastpeft.training.studies.conduct import study
     from fastpeft.training.trainer import Trainer
 
 

@@ -9,6 +9,7 @@ from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.lora import LoraConfig
 from fastpeft.training.record import TASKS
 from fastpeft.training.text_format import TextFormat
+from fastpeft.training.tracking import check_tracker_names
 
 DEFAULT_MAX_LENGTH = 512
 Quantization = Literal["none", "nf4", "fp4", "int8"]
@@ -17,8 +18,8 @@ Distributed = Literal["ddp", "fsdp"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 METRICS = {
-    "classification": ("accuracy", "loss", "f1", "precision", "recall", "roc_auc"),
-    "causal_lm": ("loss", "perplexity", "token_accuracy"),
+    "classification": ("accuracy", "loss", "f1", "f1_macro", "precision", "recall", "roc_auc"),
+    "causal_lm": ("loss", "perplexity", "token_accuracy", "exact_match"),
 }
 """Metrics that may choose the best checkpoint; the first is the default."""
 
@@ -204,6 +205,11 @@ class TrainConfig(DataConfig):
     """Write report.html."""
     title: str | None = None
     """Heading of the report."""
+    save_predictions: bool = False
+    """Write predictions.npz: class logits, or loss and correct tokens, of every held-out row."""
+    report_to: list[str] | None = None
+    """Where losses and metrics are logged beside run.json: tensorboard, wandb, mlflow, or none; default: tensorboard if it is
+    installed."""
     overwrite: bool = False
     """Replace a run that is in output_dir; its adapter stays until the new one is complete."""
     resume: bool = False
@@ -238,6 +244,8 @@ class TrainConfig(DataConfig):
         _check(self.distributed in choices, "distributed", f"one of {choices}", self.distributed)
         _check(self.distributed == "fsdp" or not self.shard_adapters, "shard_adapters", "False without fsdp", True)
         _check(self.accelerate or not self.offload, "offload", "False without accelerate", self.offload)
+        if self.report_to is not None:
+            check_tracker_names(self.report_to)
         _check(not (self.overwrite and self.resume), "overwrite, resume", "at most one of them", "both")
 
     def best_metric(self, task: str) -> str:

@@ -44,12 +44,32 @@ from fastpeft.training.prepare import RawData, held_out_split, read_training_dat
 from fastpeft.training.processes import Processes
 from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
 from fastpeft.training.report import write_report
-from fastpeft.training.run_folder import CHECKPOINTS, RECORD_FILE, REPORT_FILE, TrainingInfo, check_output_folder
+from fastpeft.training.run_folder import (
+    CHECKPOINTS,
+    PREDICTIONS_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    TENSORBOARD,
+    TrainingInfo,
+    check_output_folder,
+    save_arrays,
+)
 from fastpeft.training.sharding import bytes_elsewhere, check_shardable, shard_base, whole_adapters
 from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
-from fastpeft.training.trainer import Trainer, classification_loss, last_checkpoint, total_steps, warmup_steps
+from fastpeft.training.tracking import trackers
+from fastpeft.training.trainer import (
+    STATE_FILE,
+    Trainer,
+    classification_loss,
+    last_checkpoint,
+    total_steps,
+    warmup_steps,
+)
 
-_FREE_TO_CHANGE = {"resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir"}
+_FREE_TO_CHANGE = {
+    "resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir", "report_to",
+    "save_predictions",
+}  # fmt: skip
 _FREE_TO_CHANGE |= {"nproc", "distributed", "shard_adapters"}
 _ROWS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
@@ -79,6 +99,7 @@ def run_training(
         )
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     checkpoint = _checkpoint_to_resume(config, folder, processes) if config.resume else None
+    trackers(config.report_to)
     raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=rows)
     source = model_source(config.model) if model is None else config.model
     tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
@@ -131,6 +152,7 @@ class _Scores:
     """What one evaluation of the held-out rows found."""
 
     metrics: dict[str, float]
+    rows: dict[str, np.ndarray]
     logits: np.ndarray | None = None
     responses: list[str] | None = None
 
@@ -164,14 +186,20 @@ class _Run:
         before = self._score("baseline") if self.config.baseline else None
         trainer = self._trainer()
         self.processes.own_random_numbers(self.config.seed)
+        began = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")) if checkpoint else {}
+        training = Stopwatch()
         with self._accelerated():
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = training.seconds()
         after = self._score("evaluate")
         with whole_adapters(self.model), self.processes.first() as writes:
             if writes:
                 self.model.save_pretrained(self.folder)
                 self.info.save(self.folder)
+                if self.config.save_predictions and after is not None:
+                    save_arrays(self.folder / PREDICTIONS_FILE, after.rows)
         record = self._record(before, after, trainer.state.log_history, clock)
+        self._add_throughput(record, trainer.state, began, seconds)
         if after is None:
             record.metrics = {"train_loss": outcome.training_loss}
         with self.processes.first() as writes:
@@ -211,11 +239,15 @@ class _Run:
         evaluator = Evaluator(self.model, self.tokenizer, batch_size=size, bf16=bf16, progress=processes.is_main)
         if self.raw.task == CLASSIFICATION:
             logits = processes.over_rows(lambda rows: evaluator.class_logits(rows, description), features)
-            return _Scores(classification_metrics(logits, np.asarray(features["labels"])), logits)
+            targets = np.asarray(features["labels"])
+            return _Scores(classification_metrics(logits, targets), {"logits": logits, "labels": targets}, logits)
         scores = processes.over_rows(lambda rows: evaluator.token_scores(rows, description), features)
-        metrics = causal_lm_metrics(scores)
         prompts = encode_prompts([prompt for prompt, _ in self.prompts], self.tokenizer, self.info.text_format)
-        return _Scores(metrics, responses=evaluator.responses(prompts, self.config.max_new_tokens))
+        return _Scores(
+            causal_lm_metrics(scores),
+            {"scores": scores},
+            responses=evaluator.responses(prompts, self.config.max_new_tokens),
+        )
 
     def _trainer(self) -> Trainer:
         with self.processes.first() as writes:
@@ -223,7 +255,7 @@ class _Run:
                 shutil.rmtree(self.folder / CHECKPOINTS)
         classify = self.raw.task == CLASSIFICATION
         validation = self.splits.get("validation")
-        return Trainer(
+        trainer = Trainer(
             self.model,
             self.arguments,
             info=self.info,
@@ -235,6 +267,10 @@ class _Run:
             compute_metrics=_classification_eval if classify else _causal_lm_eval,
             preprocess_logits_for_metrics=None if classify else token_scores,
         )
+        for callback in trainer.callback_handler.callbacks:
+            if getattr(callback, "logging_dir", "") is None:  # TensorBoard's; its own choice lies among the checkpoints
+                callback.logging_dir = str(self.folder / TENSORBOARD)
+        return trainer
 
     def _arguments(self) -> transformers.TrainingArguments:
         config, accumulation = self.config, self.config.gradient_accumulation_steps
@@ -269,7 +305,8 @@ class _Run:
             logging_steps=config.logging_steps,
             logging_first_step=True,
             seed=config.seed,
-            report_to="none",
+            report_to=trackers(config.report_to),
+            run_name=config.title or self.folder.name,
             ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
             dataloader_pin_memory=self.device.type != "cpu",
@@ -289,6 +326,7 @@ class _Run:
             task=self.raw.task,
             model=self.info.model,
             data={name: split.report.to_dict() for name, split in self.splits.items()},
+            data_hash=self.raw.digest(),
             peft_config=self.model.peft_config[self.model.active_adapters[0]].to_dict(),
             training=self.config.to_dict()
             | {
@@ -311,6 +349,16 @@ class _Run:
         record.peak_memory_mb = peak_memory_mb(self.device)
         record.seconds, record.cpu_seconds = clock.seconds(), clock.cpu_seconds()
         return record
+
+    def _add_throughput(self, record: RunRecord, state: Any, began: dict[str, Any], seconds: float) -> None:
+        """Tokens trained on since `began`, the checkpoint's state; a part of an epoch counts by the mean length of a row."""
+        first = began.get("global_step", 0)
+        evaluations = [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e and e["step"] > first]
+        epochs = (state.epoch or 0.0) - (began.get("epoch") or 0.0)
+        record.train_tokens = round(epochs * sum(self.splits["train"].features["length"]))
+        record.train_seconds = max(seconds - sum(evaluations), 0.0)
+        if record.train_seconds:
+            record.tokens_per_second = record.train_tokens / record.train_seconds
 
     def _add_scores(self, record: RunRecord, before: _Scores | None, after: _Scores) -> None:
         record.metrics, record.baseline = after.metrics, before.metrics if before else {}

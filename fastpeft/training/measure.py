@@ -1,5 +1,6 @@
 """Time, memory and the machine of a run."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -28,9 +29,13 @@ class Stopwatch:
 
 
 def start_peak_memory(device: torch.device) -> None:
-    """Forget earlier peaks where the system can (a GPU); on a CPU the peak is the process's."""
+    """Forget earlier peaks where the system can: on a GPU, and for resident memory on Linux. Elsewhere the peak is the process's
+    since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not Linux, or not permitted
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -39,6 +44,11 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 1e6
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):  # start_peak_memory resets it; getrusage's it does not
+            return int(line.split()[1]) * 1024 / 1e6
     import resource  # Unix only
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

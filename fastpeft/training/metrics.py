@@ -24,7 +24,8 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     """Metrics of logits [N, C] against labels [N].
 
     loss is the mean cross-entropy in nats. Two classes: precision, recall, f1, roc_auc of class 1. More: the macro
-    average, ROC-AUC one class against the rest. roc_auc is left out where a class has no row (it is not defined).
+    average, ROC-AUC one class against the rest.
+    f1_macro is the mean of the classes' f1 in both cases. roc_auc is left out where a class has no row (it is not defined).
     """
     probabilities = class_probabilities(logits)
     classes = probabilities.shape[1]
@@ -38,6 +39,7 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
         "loss": float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean()),
         "accuracy": float((predicted == labels).mean()),
         "f1": float(f1),
+        "f1_macro": float(sk.f1_score(labels, predicted, labels=range(classes), average="macro", zero_division=0.0)),
         "precision": float(precision),
         "recall": float(recall),
     }
@@ -86,12 +88,17 @@ def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def causal_lm_metrics(scores: np.ndarray | Sequence[Sequence[float]]) -> dict[str, float]:
-    """Metrics over all tokens of the rows `token_scores` gave, [N, 3]; loss is the mean over tokens, in nats."""
-    nll, correct, count = np.asarray(scores, dtype=np.float64).sum(axis=0)
+    """Metrics over all tokens of the rows `token_scores` gave, [N, 3]; loss is the mean over tokens, in nats.
+
+    exact_match is the share of rows with every token right: those that greedy decoding reproduces to the end.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    nll, correct, count = scores.sum(axis=0)
     loss = float(nll / count)
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700.0 else math.inf,
         "token_accuracy": float(correct / count),
+        "exact_match": float((scores[:, 1] == scores[:, 2])[scores[:, 2] > 0].mean()),
         "tokens": int(count),
     }

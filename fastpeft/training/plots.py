@@ -1,7 +1,7 @@
 """The report's charts as inline SVG: no plotting library, no script, colours from the page's CSS variables.
 
-Every function returns markup whose text is escaped. Colours are the classes `before`, `after` and `second`
-(see report_style), so a chart follows the reader's light or dark theme.
+Every function returns markup whose text is escaped. Colours are the classes `before`, `after` and `second`, and
+`series v0` to `series v7` of many (see report_style), so a chart follows the reader's light or dark theme.
 """
 
 import math
@@ -81,6 +81,79 @@ def roc_chart(curves: Sequence[tuple[str, str, dict]], *, title: str) -> str:
     return _figure(title, body, height, series)
 
 
+def unit_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> str:
+    """Curves whose abscissa and ordinate are shares, 0..1; "" without points."""
+    drawn = [Series(s.name, _finite(s.points), s.colour, s.faint, s.marked) for s in series]
+    drawn = [s for s in drawn if s.points]
+    if not drawn:
+        return ""
+    height = 350
+    frame = _Frame((0.0, 1.0), (0.0, 1.0), height)
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    body = [frame.grid(ticks, ticks, lambda v: f"{v:g}", x_label, y_label=y_label)]
+    body += [_curve(frame, s) for s in drawn]
+    return _figure(title, body, height, drawn)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, from 0 to a value of at least 0, with what stands at its end."""
+
+    name: str
+    value: float
+    shown: str
+    colour: str = "after"
+
+
+def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
+    """Horizontal bars under their names; "" without one that is finite."""
+    bars = [bar for bar in bars if math.isfinite(bar.value)]
+    if not bars:
+        return ""
+    longest = max(bar.value for bar in bars) or 1.0
+    pitch, end = 46, 110
+    body = []
+    for i, bar in enumerate(bars):
+        y, width = i * pitch, max(2.0, bar.value / longest * (_WIDTH - end))
+        body.append(f'<text class="label" x="0" y="{y + 14}">{escape(bar.name)}</text>')
+        body.append(f'<rect class="bar {bar.colour}" x="0" y="{y + 21}" width="{width:.1f}" height="12" rx="3"/>')
+        body.append(f'<text x="{width + 8:.1f}" y="{y + 31}">{escape(bar.shown)}</text>')
+    return _figure(title, body, len(bars) * pitch, [])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point with the interval of its ordinate."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    colour: str = "after"
+
+
+def scatter_chart(points: Sequence[Measured], *, title: str, x_label: str, x_format: Callable[[float], str]) -> str:
+    """Points with intervals over a logarithmic abscissa of powers of ten; "" without a finite one."""
+    points = [p for p in points if p.x > 0 and all(map(math.isfinite, (p.x, p.y)))]
+    if not points:
+        return ""
+    height = 350
+    logs = [math.log10(p.x) for p in points]
+    x_range = (math.floor(min(logs) - 0.05), math.ceil(max(logs) + 0.05))
+    ends = [v for p in points for v in (p.low, p.y, p.high) if math.isfinite(v)]
+    y_ticks = _ticks(min(ends), max(ends), 5)
+    frame = _Frame(x_range, (y_ticks[0], y_ticks[-1]), height)
+    x_ticks = [float(power) for power in range(x_range[0], x_range[1] + 1)]
+    body = [frame.grid(x_ticks, y_ticks, _number, x_label, x_format=lambda v: x_format(10.0**v))]
+    for p, log in zip(points, logs):
+        x = frame.x(log)
+        if math.isfinite(p.low) and math.isfinite(p.high):
+            body.append(f'<path class="curve {p.colour}" d="M{x:.1f} {frame.y(p.low):.1f}V{frame.y(p.high):.1f}"/>')
+        body.append(f'<g class="dots {p.colour}"><circle cx="{x:.1f}" cy="{frame.y(p.y):.1f}" r="5.5"/></g>')
+    return _figure(title, body, height, [Series(p.name, [], p.colour) for p in points])
+
+
 def confusion_matrix(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """A table of counts and shares of each true class, shaded by the share; rows true, columns predicted."""
     head = "".join(f'<th scope="col">{escape(str(label))}</th>' for label in labels)
@@ -124,6 +197,7 @@ class _Frame:
         y_format: Callable[[float], str],
         x_label: str,
         y_label: str = "",
+        x_format: Callable[[float], str] = "{:g}".format,
     ) -> str:
         """Horizontal rules, tick labels on both axes and the axes' names."""
         bottom, right = self.height - _BOTTOM, _WIDTH - _RIGHT
@@ -133,7 +207,9 @@ class _Frame:
             parts.append(f'<path class="{kind}" d="M{_LEFT} {y:.1f}H{right}"/>')
             parts.append(f'<text x="{_LEFT - 9}" y="{y + 4:.1f}" text-anchor="end">{escape(y_format(tick))}</text>')
         for tick in x_ticks:
-            parts.append(f'<text x="{self.x(tick):.1f}" y="{bottom + 19}" text-anchor="middle">{tick:g}</text>')
+            parts.append(
+                f'<text x="{self.x(tick):.1f}" y="{bottom + 19}" text-anchor="middle">{escape(x_format(tick))}</text>'
+            )
         middle = (_LEFT + right) / 2
         parts.append(f'<text class="name" x="{middle}" y="{bottom + 37}" text-anchor="middle">{escape(x_label)}</text>')
         if y_label:

@@ -1,5 +1,7 @@
 """A data config -> splits of rows, their columns and classes -> tokenised splits."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,16 @@ class RawData:
     splits: dict[str, Dataset]
     columns: Columns
     labels: list[str] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """SHA-256 of the columns that are used, of the class names, and of every row of every split in its order."""
+        used = self.columns.used()
+        found = hashlib.sha256(json.dumps([self.task, vars(self.columns), self.labels], sort_keys=True).encode())
+        for name, split in sorted(self.splits.items()):
+            found.update(f"{name} {len(split)}".encode())
+            for row in split.select_columns(used):
+                found.update(json.dumps([row[column] for column in used], default=str).encode())
+        return found.hexdigest()
 
     def tokenise(self, tokenizer: Any, text_format: TextFormat) -> dict[str, PreparedSplit]:
         """Every split as token ids."""

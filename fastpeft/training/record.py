@@ -19,6 +19,9 @@ class RunRecord:
     Units: seconds wall clock, cpu_seconds of this process over all threads, peak_memory_mb in 10^6 bytes,
     adapter_bytes in bytes; accuracy, f1, precision, recall, roc_auc in 0..1; loss in nats.
 
+    data_hash    SHA-256 of every split's rows, columns and class names, before they are cut to tokens
+    train_seconds, train_tokens, tokens_per_second: of the training steps of this call, without evaluations; the tokens are those
+                 of the rows without padding, and of a resumed run only those after the checkpoint
     data         split name -> {"rows", "truncated_rows", "truncated_tokens", "empty_rows", ...}
     peft_config  the adapter's config as PEFT writes it; training the hyperparameters
     base         how the base model is held: {"quantization", "bytes", "blocksize", "double_quant"}; bytes in memory, of which
@@ -36,6 +39,7 @@ class RunRecord:
     task: str
     model: str
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data_hash: str = ""
     peft_config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     trainable_parameters: int = 0
@@ -50,6 +54,9 @@ class RunRecord:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    tokens_per_second: float = 0.0
     labels: list[str] = field(default_factory=list)
     confusion: list[list[int]] | None = None
     roc: dict[str, Any] | None = None
@@ -63,7 +70,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON types; a number that is not finite becomes None, as JSON has no NaN."""
-        return _plain(asdict(self))
+        return plain_json(asdict(self))
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the record as JSON to `path`, through a temporary name, and return the path."""
@@ -99,26 +106,28 @@ class RunRecord:
             "total_parameters": self.total_parameters,
             **{f"base_{name}": self.base[name] for name in ("quantization", "bytes") if name in self.base},
             "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
             "adapter": self.adapter,
         }
-        return _plain(result)
+        return plain_json(result)
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Copy of `value` with sets sorted to lists, tuples as lists, paths as text, non-finite floats as None."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
+        return sorted(plain_json(item) for item in value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item())
+        return plain_json(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)

@@ -3,16 +3,15 @@
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastpeft.training.html_page import html_page, section, write_html
 from fastpeft.training.plots import Series, confusion_matrix, line_chart, roc_chart, smooth
 from fastpeft.training.quantities import bytes_text, count_text, duration_text, share_text, short_count_text, value_text
 from fastpeft.training.record import CLASSIFICATION, RunRecord
-from fastpeft.training.report_style import STYLE
 
 _SPLITS = ("train", "validation", "test")
 _SMOOTH_FROM = 30  # logged losses; fewer are drawn as they are
@@ -24,19 +23,7 @@ def write_report(record: RunRecord, path: str | os.PathLike) -> Path:
     The page needs no network, no script and no font file. Every text of the record is escaped.
     Raises OSError where the folder cannot be written; an existing report is then left as it was.
     """
-    path = Path(path)
-    page = render_report(record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(page)
-        os.chmod(draft, 0o644)  # mkstemp's own mode is private to the user
-        os.replace(draft, path)
-    except OSError:
-        Path(draft).unlink(missing_ok=True)
-        raise
-    return path
+    return write_html(render_report(record), path)
 
 
 def render_report(record: RunRecord) -> str:
@@ -44,25 +31,15 @@ def render_report(record: RunRecord) -> str:
     sections = [
         _header(record),
         _headline(record),
-        _section("Training", _training_charts(record)),
-        _section("Held-out evaluation", _evaluation(record)),
-        _section("What is trained", _parameters(record)),
-        _section("Examples from the held-out set", _examples(record)),
-        _section("Settings", _settings(record)),
-        _section("Load this adapter", _loading(record)),
+        section("Training", _training_charts(record)),
+        section("Held-out evaluation", _evaluation(record)),
+        section("What is trained", _parameters(record)),
+        section("Examples from the held-out set", _examples(record)),
+        section("Settings", _settings(record)),
+        section("Load this adapter", _loading(record)),
         _footer(record),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(record.title)} · fastpeft</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+    return html_page(record.title, sections)
 
 
 def _header(record: RunRecord) -> str:

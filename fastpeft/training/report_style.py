@@ -6,6 +6,7 @@ STYLE = """
   --paper: #f7f6f3; --surface: #ffffff; --ink: #1b212c; --muted: #667080; --line: #e5e2db; --soft: #f1efea;
   --after: #0e7c6b; --after-soft: 14 124 107; --before: #9aa1ac; --second: #c8701a; --bad: #b8433a;
   --bad-soft: 184 67 58;
+  --v0: #0e7c6b; --v1: #c8701a; --v2: #3b6fb6; --v3: #a3478f; --v4: #7a8b1f; --v5: #b8433a; --v6: #5b5f97; --v7: #3f95a5;
   --sans: ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas, "Liberation Mono", "DejaVu Sans Mono", monospace;
 }
@@ -14,6 +15,7 @@ STYLE = """
     --paper: #0f1217; --surface: #171b22; --ink: #e7eaee; --muted: #929cab; --line: #272d37; --soft: #1e242d;
     --after: #4cc9b0; --after-soft: 76 201 176; --before: #7d8795; --second: #e5a057; --bad: #ee8078;
     --bad-soft: 238 128 120;
+    --v0: #4cc9b0; --v1: #e5a057; --v2: #7aaaf0; --v3: #d987c6; --v4: #b5c65a; --v5: #ee8078; --v6: #a3a8e6; --v7: #7fcbd8;
   }
 }
 * { box-sizing: border-box; }
@@ -59,6 +61,16 @@ figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap
   vertical-align: middle; background: currentColor; }
 .key.after::before { background: var(--after); } .key.before::before { background: var(--before); }
 .key.second::before { background: var(--second); }
+.v0 { --mine: var(--v0); } .v1 { --mine: var(--v1); } .v2 { --mine: var(--v2); } .v3 { --mine: var(--v3); } .v4 {
+--mine: var(--v4); } .v5 { --mine: var(--v5); } .v6 { --mine: var(--v6); } .v7 { --mine: var(--v7); }
+.key.series::before { background: var(--mine); }
+svg .curve.series { stroke: var(--mine); } svg .dots.series { fill: var(--mine); }
+svg .bar { fill: var(--after); } svg .bar.series { fill: var(--mine); }
+svg text.label { fill: var(--ink); }
+.compare small { display: block; color: var(--muted); font-size: 12px; white-space: nowrap; }
+.compare .first > * { font-weight: 600; } .compare .first small { font-weight: 400; }
+.compare .sure { color: var(--after); font-weight: 600; }
+.table.compare tbody th[scope=row] { min-width: 130px; white-space: normal; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--muted); font: 12px var(--sans); font-variant-numeric: tabular-nums; }
 svg .rule { stroke: var(--line); fill: none; } svg .axis { stroke: var(--before); fill: none; }
@@ -78,6 +90,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 .confusion th[scope=row] { text-align: right; padding-right: 8px; }
 .confusion .axis { color: var(--muted); font-size: 13px; }
 .confusion td[class] { text-align: center; border-radius: 10px; padding: 34px 6px; }
+.small .confusion td[class] { padding: 14px 6px; } .small .confusion b { font-size: 19px; }
 .confusion .hit { background: rgb(var(--after-soft) / calc(.06 + .4 * var(--share))); }
 .confusion .miss { background: rgb(var(--bad-soft) / calc(.05 + .5 * var(--share))); }
 .confusion b { display: block; font-size: 24px; letter-spacing: -.02em; line-height: 1.2; }

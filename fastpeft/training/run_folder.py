@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastpeft import __version__
 from fastpeft.training.data import Columns
 from fastpeft.training.record import TASKS
@@ -16,6 +18,8 @@ INFO_FILE = "fastpeft_training.json"  # a side file: PEFT warns about keys it do
 RECORD_FILE = "run.json"
 REPORT_FILE = "report.html"
 CHECKPOINTS = "checkpoints"
+PREDICTIONS_FILE = "predictions.npz"
+TENSORBOARD = "tensorboard"
 
 
 @dataclass
@@ -54,6 +58,14 @@ class TrainingInfo:
         if info.task not in TASKS:
             raise ValueError(f"{path}: expected task in {list(TASKS)}, got {info.task!r}")
         return info
+
+
+def save_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as .npz, through a temporary name."""
+    draft = Path(path).with_name(Path(path).name + ".partial")
+    with draft.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    os.replace(draft, path)
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:

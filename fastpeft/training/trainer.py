@@ -37,7 +37,7 @@ _CHECKPOINT_FILES = (
     "scheduler.pt",
     "rng_state.pth",
 )
-_STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
 
 
 class Trainer(AcrossProcesses):
@@ -320,7 +320,7 @@ def _is_complete(checkpoint: Path) -> bool:
     if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
         return False
     try:
-        state = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return f"checkpoint-{state['global_step']}" == checkpoint.name
