@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(missing.with_traceback(error.__traceback__), debug)
     except KeyboardInterrupt:
         print(
-            "interrupted; train goes on from its last checkpoint with --resume, predict from the end of --output, a study by itself",
+            "interrupted; train goes on from its last checkpoint with --resume, predict from the end of --output, "
+            "a study by itself",
             file=sys.stderr,
         )
         return 130

@@ -115,14 +115,15 @@ def attention(
         and not transformed()
     ):
         return attention_sdpa.by_sdpa(*covered)
+    if not q.is_meta and q.dtype != torch.float64 and torch.is_autocast_enabled(q.device.type):
+        # first of all: a rotated q or k may be float32 beside a v in half precision
+        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
     check_tensors(q, k, v)
     check_numbers(scale, softcap, dropout_p)
     left, right = bounds_of(window, causal)
     table = None if relative_bias is None else relative_bias.table
     terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
     check_terms(q, k.shape[1], terms)
-    if not q.is_meta and q.dtype != torch.float64 and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (tensor.to(torch.get_autocast_dtype(q.device.type)) for tensor in (q, k, v))
     chosen = backend.resolve(impl, q.device, q.dtype)
     if rope is not None:
         cos, sin = rope_rows(q, k, rope)

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +42,7 @@ from fastpeft.training.prepare import RawData, held_out_split, read_training_dat
 from fastpeft.training.processes import Processes
 from fastpeft.training.record import CAUSAL_LM, CLASSIFICATION, RunRecord
 from fastpeft.training.report import write_report
+from fastpeft.training.resuming import checkpoint_to_resume
 from fastpeft.training.run_folder import (
     CHECKPOINTS,
     PREDICTIONS_FILE,
@@ -61,17 +60,9 @@ from fastpeft.training.trainer import (
     STATE_FILE,
     Trainer,
     classification_loss,
-    last_checkpoint,
     total_steps,
     warmup_steps,
 )
-
-_FREE_TO_CHANGE = {
-    "resume", "overwrite", "report", "title", "examples", "baseline", "max_new_tokens", "output_dir", "report_to",
-    "save_predictions",
-}  # fmt: skip
-_FREE_TO_CHANGE |= {"nproc", "distributed", "shard_adapters"}
-_ROWS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
 
 def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> RunRecord:
@@ -98,7 +89,7 @@ def run_training(
             f"{config.nproc}, or your script by torchrun --nproc-per-node {config.nproc}"
         )
     folder = check_output_folder(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    checkpoint = _checkpoint_to_resume(config, folder, processes) if config.resume else None
+    checkpoint = checkpoint_to_resume(config, folder, processes) if config.resume else None
     trackers(config.report_to)
     raw = read_training_data(config, task=config.task, labels=config.labels, seed=config.seed, splits=rows)
     source = model_source(config.model) if model is None else config.model
@@ -385,27 +376,3 @@ def _classification_eval(prediction: transformers.EvalPrediction) -> dict[str, f
 
 def _causal_lm_eval(prediction: transformers.EvalPrediction) -> dict[str, float]:
     return causal_lm_metrics(prediction.predictions)
-
-
-def _checkpoint_to_resume(config: TrainConfig, folder: Path, processes: Processes) -> Path:
-    """The last complete checkpoint of the run in `folder`; warns of options that differ from the run's."""
-    checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"resume: no complete checkpoint in {folder / CHECKPOINTS}; start again with --overwrite"
-        )
-    earlier = TrainingInfo.load(checkpoint).config
-    now = json.loads(json.dumps(config.to_dict(), default=str)) | {"processes": processes.count}
-    if _rows_of_a_step(now) == _rows_of_a_step(earlier):  # dealt out to other numbers of processes and batches
-        now = {name: value for name, value in now.items() if name not in _ROWS_OF_A_STEP}
-    if config.learning_rate is None:  # the run's own was chosen for it
-        now.pop("learning_rate")
-    changed = sorted(name for name in now if name not in _FREE_TO_CHANGE and now[name] != earlier.get(name, now[name]))
-    if changed:
-        pairs = ", ".join(f"{name} {earlier[name]!r} -> {now[name]!r}" for name in changed)
-        warnings.warn(f"resume: options differ from the interrupted run's, the result will too: {pairs}", stacklevel=3)
-    return checkpoint
-
-
-def _rows_of_a_step(options: dict[str, Any]) -> int:
-    return math.prod(options.get(name, 1) for name in _ROWS_OF_A_STEP)

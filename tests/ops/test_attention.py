@@ -109,3 +109,16 @@ def test_reference_drops_by_seed():
     once, again, other = (attention(q, k, v, dropout_p=0.5, seed=seed, impl="reference") for seed in (1, 1, 2))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
+
+
+def test_autocast_takes_rotated_queries_beside_values_in_half_precision():
+    """A rotary embedding gives float32 under autocast: training with --bf16 was refused."""
+    q, k, v = draw()
+    mixed = q, k, v.bfloat16()
+    with pytest.raises(ValueError, match="one dtype"):
+        attention(*mixed, causal=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = attention(*mixed, causal=True)
+        same = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True)
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, same)

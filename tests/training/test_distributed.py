@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from fastpeft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, quantize
 from fastpeft.cli import launch, main, process
-from fastpeft.training import TrainConfig, engine
+from fastpeft.training import TrainConfig, engine, resuming
 from fastpeft.training.processes import Processes
 from fastpeft.training.rank_rows import RankRows, WithBlankRow
 from fastpeft.training.sharding import check_shardable
@@ -217,7 +217,7 @@ def test_resuming_warns_where_a_step_would_have_other_rows(runs):
         config = many_runs.config(_fields(runs, "ddp", 1) | {"per_device_train_batch_size": rows})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            engine._checkpoint_to_resume(config, runs / "ddp", Processes())
+            resuming.checkpoint_to_resume(config, runs / "ddp", Processes())
         assert ["processes 2 -> 1" in str(warning.message) for warning in caught] == [True] * differ
 
 
