@@ -112,7 +112,7 @@ def memory_over_tokens(record: dict[str, Any]):
         return None
     figure, (axis,) = _figure()
     for name, its in points.items():
-        _line(axis, sorted(its.items()), name)
+        _line(axis, its.items(), name)
     axis.set(
         xscale="log",
         yscale="log",
@@ -167,7 +167,12 @@ def roofline(record: dict[str, Any]):
 
 def _line(axis, points, name: str) -> None:
     axis.plot(
-        *zip(*points), marker="o", ms=3.5, lw=2 if name == "fastpeft" else 1.2, color=COLOURS.get(name), label=name
+        *zip(*sorted(points)),
+        marker="o",
+        ms=3.5,
+        lw=2 if name == "fastpeft" else 1.2,
+        color=COLOURS.get(name),
+        label=name,
     )
 
 
