@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.lora_linear import machine
+from benchmarks.machine import machine
 from fastpeft import LoraConfig, get_peft_model
 
 PROMPTS = (

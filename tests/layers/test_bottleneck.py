@@ -190,7 +190,8 @@ def test_half_precision_base(dtype):
     layer.base_layer.requires_grad_(False)
     x.requires_grad_()
     with SavedBytes([*layer.parameters(), x]) as saved:
-        layer(x)
+        y = layer(x)
+    assert y.requires_grad
     assert saved.total() == 65 * (2 * N + 4 * R), "h in its own dtype, and one z in float32"
 
 
