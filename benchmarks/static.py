@@ -4,8 +4,8 @@
 
 Compiling goes on one process a core and is kept on disk by what it depends on (the kernels, their launchers, the compiler), so a
 second run prints at once. --check holds the metrics to tests/aot/baseline.json and the gates, as the tests do. --traffic adds the
-bytes that launches ask for in Triton's interpreter over the compulsory ones. --peers compiles the Triton tutorials' kernels, and
-Liger-Kernel's where that is installed, in the same run.
+bytes that launches ask for in Triton's interpreter over the compulsory ones. --peers compiles the Triton tutorials' product and
+attention in the same run, for the targets that they have tiles for.
 
 Registers, spills, shared memory and instruction counts are exact for this compiler. The predicted bound is the busiest pipe of
 one turn of the main loop at its issue rate: latency, caches and clocks are not in it.
@@ -14,6 +14,7 @@ one turn of the main loop at its issue rate: latency, caches and clocks are not 
 import argparse
 import concurrent.futures
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ from tests.aot.gates import failures_of, read_baseline
 from tests.aot.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("tests.aot.peers", "tests.aot.attention_peers", "benchmarks.liger_cases")
+PEERS = ("tests.aot.peers", "tests.aot.attention_peers")
 HEAD = (
     "target",
     "kernel",
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", metavar="TEXT", help="kernels whose name holds one of these")
     parser.add_argument("--check", action="store_true", help="hold the metrics to the gates and the committed baseline")
     parser.add_argument("--traffic", action="store_true", help="bytes in the interpreter over the compulsory ones")
-    parser.add_argument("--peers", action="store_true", help="compile peers' Triton kernels too")
+    parser.add_argument("--peers", action="store_true", help="compile the Triton tutorials' kernels too")
     parser.add_argument("--json", type=Path, help="also write the metrics to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at once")
 
@@ -82,10 +83,15 @@ def static(options: argparse.Namespace) -> int:
 
 def measured(archs, modules, jobs: int) -> dict[tuple[str, str], dict[str, Any]]:
     """{(arch, module): report as tests.aot.compile.measure_all}, from disk where nothing that it depends on has changed."""
-    wanted = [(arch, module) for arch in archs for module in modules]
+    wanted = [(arch, module) for arch in archs for module in modules if _is_for(module, arch)]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         reports = list(pool.map(lambda one: _measured(*one), wanted))
     return dict(zip(wanted, reports, strict=True))
+
+
+def _is_for(module: str, arch: str) -> bool:
+    """Peers are compiled for some targets only."""
+    return module not in PEERS or arch in importlib.import_module(module).ARCHS
 
 
 def _measured(arch: str, module: str) -> dict[str, Any]:
@@ -115,7 +121,6 @@ def _mark() -> str:
         [
             *(ROOT / "kernels").glob("*.py"),
             *(ROOT / "tests" / "aot").glob("*.py"),
-            *(ROOT / "benchmarks").glob("liger*.py"),
         ]
     ):
         digest.update(path.read_bytes())
