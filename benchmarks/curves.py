@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
@@ -137,7 +138,13 @@ def losses(model: nn.Module, task: Task, steps: int) -> list[float]:
 
 def gradients(model: nn.Module, task: Task) -> torch.Tensor:
     """All gradients of the first batch, one after another, in float64."""
-    model(**next(task.batches(1))).loss.backward()
+    batch = next(task.batches(1))
+    if not task.labels and next(model.parameters()).dtype == torch.float64:
+        # transformers takes the loss of a causal model from float32 logits, whatever the model's dtype
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    else:
+        model(**batch).loss.backward()
     found = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
     return found
