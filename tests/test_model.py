@@ -14,7 +14,6 @@ from fastpeft.model import require_input_gradients
 from tests import tiny_models
 from tests.tiny_models import bits, fill, flags, logits, loss, token_ids
 from tests.tolerance import (
-    GRADIENTS_THROUGH_A_MODEL,
     MERGED_EQUALS_UNMERGED,
     OTHER_ORDER_OF_SUMS,
     assert_bits_equal,
@@ -298,7 +297,7 @@ def test_gradient_checkpointing_changes_no_gradient(make, when, use_reentrant):
     """
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3)
-    model = make()
+    model = make().double() if make is tiny_models.t5 else make()
     model.config.use_cache = False
     wrapped = get_peft_model(copy.deepcopy(model), config).train()
     fill(wrapped)
@@ -317,8 +316,10 @@ def test_gradient_checkpointing_changes_no_gradient(make, when, use_reentrant):
     got = gradients(wrapped)
     assert set(got) == set(expected)
     for name, gradient in expected.items():
-        if make is tiny_models.t5:  # gradients of the encoder's output are added in another order
-            assert_close(name, got[name], gradient, GRADIENTS_THROUGH_A_MODEL)
+        if (
+            make is tiny_models.t5
+        ):  # gradients of the encoder's output are added in another order: float64 shows it is that
+            assert_close(name, got[name], gradient, OTHER_ORDER_OF_SUMS)
         else:
             assert_bits_equal(name, got[name], gradient)
         assert bool(gradient.any()), name

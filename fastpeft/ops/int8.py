@@ -82,8 +82,6 @@ class Int8Weight:
             w = (self.q * scale).to(dtype)
             return w if out is None else out.copy_(w)
         out = torch.empty_like(self.q, dtype=dtype) if out is None else out
-        if is_fake(self.q):
-            return out
         if self.device.type != "cpu":
             return torch.mul(self.q, scale, out=out)
         _multiply_rows(self.q, scale, out)
@@ -105,6 +103,8 @@ def _multiply_rows(q: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> N
     """out [N, K] = q * scale [N, 1] in float32, rounded to out's dtype."""
     step = min(len(q), max(1, _CHUNK // q.shape[1]))
     products = None if out.dtype == torch.float32 else torch.empty(step, q.shape[1])
+    if is_fake(q):  # nothing to write; what is held has been allocated
+        return
     for first in range(0, len(q), step):
         rows = slice(first, first + step)
         chunk = out[rows] if products is None else products[: len(q[rows])]
