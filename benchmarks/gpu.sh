@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, in under ten minutes: the kernel tests, tuning, every op and the whole training step beside the peers.
+# On a machine with a GPU (sized for ten minutes; it has not run on one yet): the kernel tests, tuning, every op and the whole training step beside the peers.
 # Writes benchmarks/results/GPU.json and GPU_step.json, and a report beside them, GPU being the device's name.
 #     pip install -e ".[dev]" && benchmarks/gpu.sh
 # Liger-Kernel, flash-attn, xformers and Unsloth are measured where they are installed.

@@ -174,3 +174,10 @@ def test_optuna_asks_and_is_told(files, tmp_path, monkeypatch):
     assert again.summary == found.summary
     spec = read_study(reviews(files, **more))
     assert {variant.options.get("r") for variant in corners(spec)} == {1, 4, None}
+
+
+def test_a_study_s_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"study: expected a \.yaml or \.json file, got .*nope\.yaml: no such file"
+    ):
+        read_study(tmp_path / "nope.yaml")

@@ -151,6 +151,8 @@ def read_study(source: str | os.PathLike | Mapping[str, Any], output_dir: str | 
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"study: expected a .yaml or .json file, got {path}: no such file")
     text = path.read_text(encoding="utf-8")
     if path.suffix.lower() == ".json":
         try:
