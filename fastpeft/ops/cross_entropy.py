@@ -7,7 +7,7 @@
 A chunk of rows of logits is held at a time. Gradients are formed in the forward pass, for a loss whose own gradient is 1, and
 kept instead of x, w and the logits: dx in x's dtype, and dw and dbias where they train. Backward multiplies them by dy.
 
-Beside transformers' ForCausalLMLoss over the head's logits, on a CPU (one thread of an AMD Zen 5, which other work shared;
+Beside transformers' ForCausalLMLoss over the head's logits, on a CPU (one thread of an AMD Zen 4, which other work shared;
 M = 1024, K = 576, V = 49152, w frozen, forward and backward, medians of 3, interleaved):
 
                                      CPU seconds                peak                 kept for backward

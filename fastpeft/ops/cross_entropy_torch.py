@@ -1,6 +1,6 @@
 """One chunk of the linear cross-entropy in PyTorch's own operators: logits, and losses and dlogits of their rows.
 
-The CPU, one thread, M = 1024, K = 576, V = 49152 (AMD Zen 5, bfloat16 instructions, no AMX), seconds of the whole M:
+The CPU, one thread, M = 1024, K = 576, V = 49152 (AMD Zen 4, bfloat16 instructions, no AMX), seconds of the whole M:
 
     rows of a chunk               32     64     128    256    512    1024
     logits, bfloat16              0.53   0.36   0.31   0.29   0.29   0.29

@@ -2,7 +2,7 @@
 
 Results have the bits of the eager code in the same dtype: act(gate) is rounded, then multiplied.
 
-Measured at [1024, 1536], one thread of a Zen 5 core (AVX512, no AMX), ms of CPU time of forward and backward:
+Measured at [1024, 1536], one thread of a Zen 4 core (AVX512, no AMX), ms of CPU time of forward and backward:
 
 | | bfloat16 silu, gelu, gelu_tanh | float32 silu, gelu, gelu_tanh | kept for backward |
 |---|---|---|---|

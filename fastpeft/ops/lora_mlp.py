@@ -10,9 +10,11 @@
 | memory   | x and the S of down          | g, u with their S, and h           |
 
 Backward writes dg over dh and du over h where h was computed again: never over an input, dy, or what autograd kept. All three
-policies give the same bits. Eager code keeps act(g) too, and copies of x and h.
+policies give the same bits. Eager code keeps act(g) too, and copies of x and h. Where x is rms_norm's own output, "balanced" and
+"memory" keep the norm's input, which is kept anyway, and compute x again. Over dense weights without dropout backward takes many
+rows in parts, whose da and db are added in float32.
 
-Llama's MLP at M = 1024, K = 576, N = 1536, R = 16, forward and backward on one thread of a Zen 5 core (no AMX), ms of CPU time
+Llama's MLP at M = 1024, K = 576, N = 1536, R = 16, forward and backward on one thread of a Zen 4 core (no AMX), ms of CPU time
 and MiB kept besides x; separate: LoRALinears that share x, and F.silu:
 
 | base, adapters | PEFT | separate | speed | balanced | memory |

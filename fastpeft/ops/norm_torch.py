@@ -4,7 +4,7 @@ LayerNorm is PyTorch's own kernel, told to keep its statistics in float32, which
 RMSNorm has no kernel on a CPU: F.rms_norm is composed there, as transformers' modules are, and both keep float32 copies of x.
 Here the rows are taken in chunks that stay in the core's cache: every intermediate is float32 and none is as long as x.
 
-Forward and backward, microseconds of CPU time, one thread of an AMD EPYC (Zen 5), torch 2.13, interleaved medians of 15. The
+Forward and backward, microseconds of CPU time, one thread of an AMD EPYC (Zen 4), torch 2.13, interleaved medians of 15. The
 first number is with a frozen weight, the second with one that trains:
 
     [M, K]                      LlamaRMSNorm   F.rms_norm     rms_norm     F.layer_norm  layer_norm

@@ -5,7 +5,7 @@ replaced forward is that forward's own code with one global name exchanged, so e
 that others make to the module later included. Only replaced modules run it: the module's function stays where it is.
 
 (q', k') = (q cos + half(q) sin, ...) rounded after each product; transformers rounds the sum too. Nothing but cos and sin is
-kept for backward by either. Measured on a CPU (AMD EPYC, Zen 5, 1 thread, forward and backward, beside transformers'):
+kept for backward by either. Measured on a CPU (AMD EPYC, Zen 4, 1 thread, forward and backward, beside transformers'):
 1.2 times as fast at [4, 9 and 3 heads, 256, 64] in bfloat16, 1.5 in float32, 1.9 and 3.0 at 32 and 8 heads of 128; with one
 token 0.6, so that small calls on a CPU go to the module's own function.
 """
