@@ -1,7 +1,8 @@
 """Calls that PyTorch's scaled_dot_product_attention does as well as anything on a CPU: they go there with nothing around.
 
 The check is made first and costs less than the rest of the op's: a layer of 64 tokens takes 0.5 ms, and Python that runs after a
-large product finds none of itself in the cache. Half precision is among them only where it is not widened: attention_torch.py.
+large product finds none of itself in the cache. Half precision is among them only where it is not widened, float32 only where
+products do not go through oneDNN: attention_torch.py.
 """
 
 import math
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpeft import backend
-from fastpeft.ops import attention_bf16
+from fastpeft.ops import attention_bf16, fast_matmul
 
 WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the forward pass
 
@@ -18,7 +19,9 @@ WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the for
 def _as_it_is(q, k, v) -> bool:
     """Is the kernel to get the dtype that the caller has?"""
     if q.dtype in (torch.float32, torch.float64):
-        return True
+        return (
+            q.dtype == torch.float64 or not fast_matmul.entered()
+        )  # backward must be ours, to be in small_products too
     if torch.compiler.is_compiling():
         return False  # the operator finds out where the graph runs
     if q.dtype == torch.bfloat16 and attention_bf16.worth(q, k):

@@ -24,6 +24,7 @@ from fastpeft.ops import attention_bf16, attention_tiles
 from fastpeft.ops.attention_scores import Segment, segments
 from fastpeft.ops.attention_sdpa import WIDE_FORWARD_FROM
 from fastpeft.ops.attention_terms import Settings, Terms
+from fastpeft.ops.fast_matmul import small_products
 
 _ROWS = 128  # queries of a piece where a mask is made for it
 _MASK = 2**20  # elements of such a mask, at most, unless one head of 16 queries has more
@@ -133,7 +134,8 @@ def forward(q, k, v, terms: Terms, settings: Settings):
     widen = dtype == torch.bfloat16 and (q.shape[1] >= WIDE_FORWARD_FROM or terms.sinks is not None)
     if (widen and not backend.cpu_multiplies_bfloat16()) or (dtype == torch.float16 and terms.sinks is not None):
         q, k, v = q.float(), k.float(), v.float()
-    o, lse = _forward(q, k, v, terms, settings)
+    with small_products():
+        o, lse = _forward(q, k, v, terms, settings)
     if terms.sinks is not None:
         joined = torch.logaddexp(lse, terms.sinks.to(lse.dtype)[:, None])
         o = o * (lse - joined).exp_().transpose(1, 2)[..., None].to(o.dtype)
@@ -202,7 +204,8 @@ def backward(do, q, k, v, o, lse, terms: Terms, settings: Settings, needs):
         return None, None, None, None, None, dsinks
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not backend.cpu_multiplies_bfloat16()):
         do, q, k, v, o = (tensor.float() for tensor in (do, q, k, v, o))
-    grads = _backward(do, q, k, v, o, lse, terms, settings)
+    with small_products():
+        grads = _backward(do, q, k, v, o, lse, terms, settings)
     grads = [grad.to(dtype) if needed else None for grad, needed in zip(grads, needs[:3], strict=True)]
     return *grads, None, None, dsinks
 

@@ -2,7 +2,7 @@
 
 PyTorch's "medium" precision allows oneDNN, and allows it to compute in bfloat16. Without AMX it computes in float32, and on AMD
 CPUs faster than MKL (at M >= 256 2.1-2.3x on a Zen 5, whose vector units are twice as wide, 1.12-1.21x on a Zen 4; products of a
-few rows are slower). So it is refused where there is AMX, and elsewhere one measured product decides, once a process: if its
+few rows are slower: `small_products`). So it is refused where there is AMX, and elsewhere one measured product decides, once a process: if its
 error is not float32's, nothing changes.
 """
 
@@ -56,6 +56,28 @@ def fast_float32_matmul(device: torch.device) -> Iterator[bool]:
     finally:
         _entered.pop()
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def small_products() -> Iterator[None]:
+    """Send float32 products to MKL again while inside, if `fast_float32_matmul` is what sends them to oneDNN.
+
+    For many products of a few rows, which oneDNN is slower at: PyTorch's flash kernel, [4, 9 heads on 3, 256, 64], causal, one
+    thread of a Zen 4, takes 8.2 + 18.7 ms forward and backward with MKL, 10.8 + 28.9 ms with oneDNN.
+    """
+    if not _entered or torch.get_float32_matmul_precision() != "medium":
+        yield
+        return
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision("medium")
+
+
+def entered() -> bool:
+    """Whether some `fast_float32_matmul` is open."""
+    return bool(_entered)
 
 
 @functools.cache

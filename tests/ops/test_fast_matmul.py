@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastpeft.ops import fast_matmul
+from fastpeft.ops.attention import attention
 from fastpeft.ops.fast_matmul import FLOAT32_ERROR, fast_float32_matmul, float32_path
 
 CPU = torch.device("cpu")
@@ -77,3 +78,28 @@ def test_accuracy_is_checked_once(fresh, monkeypatch, error):
             assert not on
     assert "which is not float32's" in float32_path(CPU).why
     assert measured == [error]
+
+
+def test_flash_attention_keeps_mkl_in_both_passes(fresh, monkeypatch):
+    monkeypatch.setattr(fast_matmul, "_has_amx", lambda: False)
+    monkeypatch.setattr(fast_matmul, "_product_error", lambda: 1e-7)
+    seen = {}
+    for name in ("", "_backward"):
+        full = f"_scaled_dot_product_flash_attention_for_cpu{name}"
+        own = getattr(torch.ops.aten, full)
+
+        def spied(*args, own=own, name=name, **kwargs):
+            seen[name] = torch.get_float32_matmul_precision()
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(torch.ops.aten, full, spied)
+    q, k, v = (torch.randn(2, 33, 3, 32, requires_grad=True) for _ in range(3))
+    plain = torch.autograd.grad(attention(q, k, v, causal=True).square().sum(), (q, k, v))
+    assert seen == {}  # scaled_dot_product_attention itself
+    with fast_float32_matmul(CPU) as on:
+        assert on
+        grads = torch.autograd.grad(attention(q, k, v, causal=True).square().sum(), (q, k, v))
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert seen == {"": "highest", "_backward": "highest"}
+    for grad, other in zip(grads, plain, strict=True):
+        assert torch.equal(grad, other)
