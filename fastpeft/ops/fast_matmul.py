@@ -2,8 +2,8 @@
 
 PyTorch's "medium" precision allows oneDNN, and allows it to compute in bfloat16. Without AMX it computes in float32, and on AMD
 CPUs faster than MKL (at M >= 256 2.1-2.3x on a Zen 5, whose vector units are twice as wide, 1.12-1.21x on a Zen 4; products of a
-few rows are slower: `small_products`). So it is refused where there is AMX, and elsewhere one measured product decides, once a process: if its
-error is not float32's, nothing changes.
+few rows are slower: `small_products`). So it is refused where there is AMX, and elsewhere one measured product decides, once a
+process: if its error is not float32's, nothing changes.
 """
 
 import contextlib
