@@ -1,7 +1,12 @@
-"""What backward of lora_glu_mlp holds: rows in parts, and the norm's input in place of its output."""
+"""What lora_glu_mlp holds: rows in parts, the norm's input in place of its output, and what checkpointing computes again."""
+
+import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from fastpeft.ops import lora_mlp
 from fastpeft.ops.lora_mlp import MEMORY, lora_glu_mlp
@@ -19,12 +24,17 @@ def _as_function(monkeypatch):
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Rows of each part that backward takes, 16 where it takes parts."""
-    seen, whole = [], lora_mlp._backward_of
+    """(rows of each part that forward takes, and backward), 16 where they take parts."""
+    forward, backward = [], []
     monkeypatch.setattr(lora_mlp, "CHUNK_BYTES", 1)
     monkeypatch.setattr(lora_mlp, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(lora_mlp, "_backward_of", lambda dy, *rest: seen.append(dy.shape[0]) or whole(dy, *rest))
-    return seen
+    for seen, name in ((forward, "_forward_of"), (backward, "_backward_of")):
+        whole = getattr(lora_mlp, name)
+        noted = functools.partial(
+            lambda seen, whole, rows, *rest: seen.append(len(rows)) or whole(rows, *rest), seen, whole
+        )
+        monkeypatch.setattr(lora_mlp, name, noted)
+    return forward, backward
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -45,7 +55,7 @@ def test_rows_in_parts(dtype, options, memory, parts):
     want, plain = exact(x, members, dy, "silu"), outcome(eager("silu"), x, members, dy)
     for name in want:
         assert_no_worse(name, got[name], want[name], plain[name])
-    assert parts == [16, 16, 1]
+    assert parts == ([16, 16, 1] if memory == "memory" else [M], [16, 16, 1])
 
 
 def test_dropout_and_quantised_weights_are_taken_whole(parts):
@@ -54,7 +64,34 @@ def test_dropout_and_quantised_weights_are_taken_whole(parts):
     x, members, dy = draw(F32)
     packed = [member._replace(w=quantize_4bit(member.w)) for member in members]
     outcome(lambda x, members: lora_glu_mlp(x, *members, impl="torch"), x, packed, dy)
-    assert parts == [M, M]
+    assert parts == ([M, M], [M, M])
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator gave, but for views of `weights`."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.elements, self.weights = 0, {w.untyped_storage().data_ptr() for w in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_whole_gate_exists_with_memory(parts):
+    """x, y, dy and dx are whole, and no wider tensor; the other policies have one."""
+    x, members, dy = draw(BF16, bias=False)
+    largest = {}
+    for memory in MEMORY:
+        with _Largest([member.w for member in members]) as watch:
+            lora_glu_mlp(x, *members, memory=memory, impl="torch").backward(dy)
+        largest[memory] = watch.elements
+    assert largest["memory"] == max(M * K, 16 * N)
+    assert largest["balanced"] == largest["speed"] == M * N
 
 
 def after_norm(memory):
@@ -89,7 +126,7 @@ def test_a_norm_s_output_is_computed_again(memory):
     wide, ranks = 2 * M * N, [2 * M * r for r in RANKS]
     rstd = speed - (2 * M * K + 3 * wide + sum(ranks))
     assert 0 < rstd <= 8 * M
-    assert kept == rstd + (2 * wide + sum(ranks) if memory == "balanced" else ranks[2])
+    assert kept == rstd + (2 * wide + sum(ranks) if memory == "balanced" else 0)
 
 
 def test_nobody_changes_a_norm_s_output():
@@ -106,4 +143,38 @@ def test_an_input_changed_before_backward_is_refused():
     with torch.no_grad():
         h.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+
+
+# -- what is kept first -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memory", "times"), [("balanced", 2), ("memory", 1)])
+def test_checkpointing_does_not_compute_memory_s_again(memory, times, parts):
+    """It computes up to the last tensor that was kept, which "memory" keeps before it computes."""
+    x, members, dy = draw(F32, dropout=(0.1, 0.3, 0.6))
+    call = functools.partial(lora_glu_mlp, memory=memory, impl="torch")
+    want = outcome(lambda x, members: call(x, *members), x, members, dy)
+    parts[0].clear()
+    got = outcome(lambda x, members: checkpoint(lambda x: call(x, *members), x, use_reentrant=False), x, members, dy)
+    for name, value in want.items():
+        assert_bits_equal(name, got[name], value)
+    assert parts[0] == [M] * times
+
+
+def test_x_without_a_gradient_gets_none():
+    x, members, dy = draw(F32)
+    want = outcome(lambda x, members: lora_glu_mlp(x, *members, memory="memory", impl="torch"), x, members, dy)
+    x.requires_grad_(False)
+    got = outcome(lambda x, members: lora_glu_mlp(x, *members, memory="memory", impl="torch"), x, members, dy)
+    assert set(want) - set(got) == {"dx"}
+    for name, value in got.items():
+        assert_bits_equal(name, value, want[name])
+
+
+def test_what_was_kept_first_goes_with_backward():
+    x, members, dy = draw(F32)
+    y = lora_glu_mlp(x, *members, memory="memory", impl="torch")
+    y.backward(dy)
+    with pytest.raises(RuntimeError, match="second time"):
         y.backward(dy)
