@@ -36,9 +36,9 @@ def in_chunks(x, w, bias, labels, terms: Terms, impl: str, needs, factor, weight
     passes = cross_entropy_torch if valueless and not backend.rehearsing() else PASSES[impl]
     (m, _), v, to = x.shape, w.shape[0], wide(x.dtype)
     need_x, need_w, need_bias = needs
-    index = (
-        None if valueless or x.device.type != "cpu" or impl != "torch" else _kept_rows(labels, v, terms.ignore_index)
-    )
+    index = None
+    if impl == "torch" and backend.type_of(x.device) == "cpu":
+        index = _kept_rows(labels, v, terms.ignore_index) if not valueless else _nearly_all(m, x)
     count = m if index is None else len(index)
     losses = torch.zeros(m, dtype=to, device=x.device)
     dx = None
@@ -81,6 +81,11 @@ def _kept_rows(labels: torch.Tensor, v: int, ignore_index: int) -> torch.Tensor 
             f"got {int(labels[where])} at position {where} of {len(labels)}"
         )
     return None if kept.all() else kept.nonzero()[:, 0]
+
+
+def _nearly_all(m: int, like: torch.Tensor) -> torch.Tensor | None:
+    """The rows in a rehearsal: some label is ignored, as after the last token of each row of a batch. None where it is none."""
+    return torch.arange(m, device=like.device) if backend.rehearsing() else None
 
 
 def loss_and_gradients(x, w, bias, labels, num_items, terms: Terms, reduction: str, impl: str, needs):
