@@ -13,8 +13,9 @@ Backward writes over dh, and over g, u and h where it computed them itself: neve
 three policies give the same bits. Eager code keeps act(g) too, and copies of x and h. Where x is rms_norm's own output,
 "balanced" and "memory" keep the norm's input, which is kept anyway, and compute x again.
 
-Over dense weights without dropout many rows are taken in parts: in backward, whose da and db are added in float32, and in forward
-where nothing of a part is kept. With "memory" there is then never a tensor [M, N].
+Without dropout many rows are taken in parts: in backward, whose da and db are added in float32, and in forward where nothing of a
+part is kept. With "memory" there is then never a tensor [M, N]. Quantised weights are written out once for all parts, where there
+are so many rows that this takes less.
 
 "memory" keeps x before it computes anything. Non-reentrant checkpointing computes a layer again up to the last tensor that it
 kept: where the MLP is the layer's end, nothing of it but x is computed again there, and g and u are computed twice in all, as
@@ -50,7 +51,7 @@ from fastpeft.ops.lora_group import (
     run_unchecked,
     with_tensors,
 )
-from fastpeft.ops.lora_torch import sum_rows
+from fastpeft.ops.lora_torch import Member, sum_rows
 from fastpeft.ops.norm import Normed, normed
 from fastpeft.ops.tracing import traced, transformed
 
@@ -148,8 +149,10 @@ _BEFORE = 11
 
 def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> tuple[torch.Tensor, Kept]:
     """y [M, N'] of x's rows and what backward needs under this policy. full: Members of gate, up, down."""
-    m, part = rows.shape[0], _rows_of_a_part(full, rows.dtype)
-    if m <= part or memory != "memory" or needs.keep_s_down(memory):
+    m = rows.shape[0]
+    keeps = memory != "memory" or needs.keep_s_down(memory)
+    part, full = (m, full) if keeps else _in_parts(full, m, rows.dtype, 2)  # g, and u or h
+    if m <= part:
         return _forward_of(rows, full, activation, memory, wide, impl, needs)
     y = rows.new_empty(m, full[2].w.shape[0])
     for first in range(0, m, part):
@@ -183,17 +186,26 @@ CHUNK_ROWS = 256
 """Parts are multiples of this."""
 
 
-def _rows_of_a_part(full, dtype: torch.dtype) -> int | float:
-    """Rows that are taken at once: all with dropout, whose masks belong to row numbers, and over quantised weights, which every
-    part would dequantise again."""
-    if any(member.threshold or not isinstance(member.w, torch.Tensor) for member in full):
-        return math.inf
-    return max(CHUNK_ROWS, CHUNK_BYTES // (full[0].w.shape[0] * dtype.itemsize) // CHUNK_ROWS * CHUNK_ROWS)
+def _in_parts(full, m: int, dtype: torch.dtype, wide: int) -> tuple[int, Sequence[Member]]:
+    """(rows of a part, the members with dense weights), or (m, members) where all are taken at once.
+
+    That is with dropout, whose masks belong to row numbers; and where quantised weights, written out for all parts instead of
+    one by one, would take more than parts save of the tensors [M, N] that live at once, `wide` of them.
+    """
+    n = full[0].w.shape[0]
+    part = max(CHUNK_ROWS, CHUNK_BYTES // (n * dtype.itemsize) // CHUNK_ROWS * CHUNK_ROWS)
+    quantised = [math.prod(member.w.shape) for member in full if not isinstance(member.w, torch.Tensor)]
+    more = sum(quantised) - max(quantised, default=0)
+    if any(member.threshold for member in full) or wide * (m - part) * n <= more:
+        return m, full
+    dense = [w if isinstance(w, torch.Tensor) else w.dequantize(dtype) for w, *_ in full]
+    return part, [member._replace(w=w) for member, w in zip(full, dense, strict=True)]
 
 
 def backward_passes(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
     """(dx, [(da, db, dbias) of gate, up, down]); what is not kept is computed again. rows: x [M, K], or what it was made from."""
-    m, part = dy.shape[0], _rows_of_a_part(full, dy.dtype)
+    m = dy.shape[0]
+    part, full = _in_parts(full, m, dy.dtype, 3 if kept.g is not None else 4)  # dg, du, h, and g
     if m <= part:
         whole = rows if rows is None else rows[:]
         return _backward_of(dy, whole, kept, full, activation, wide, impl, needs)

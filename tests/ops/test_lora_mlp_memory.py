@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpeft.ops import lora_mlp
 from fastpeft.ops.lora_mlp import MEMORY, lora_glu_mlp
-from fastpeft.ops.nf4 import quantize_4bit
+from fastpeft.ops.nf4 import NF4Weight, quantize_4bit
 from fastpeft.ops.norm import rms_norm
 from tests.ops.lora_mlp_cases import BF16, F32, RANKS, K, M, N, draw, eager, exact, outcome
 from tests.saved_bytes import SavedBytes
@@ -58,13 +58,31 @@ def test_rows_in_parts(dtype, options, memory, parts):
     assert parts == ([16, 16, 1] if memory == "memory" else [M], [16, 16, 1])
 
 
-def test_dropout_and_quantised_weights_are_taken_whole(parts):
+def test_dropout_and_few_rows_over_quantised_weights_are_taken_whole(parts):
     x, members, dy = draw(F32, dropout=(0.1, 0.0, 0.0))
     outcome(lambda x, members: lora_glu_mlp(x, *members, impl="torch"), x, members, dy)
     x, members, dy = draw(F32)
     packed = [member._replace(w=quantize_4bit(member.w)) for member in members]
     outcome(lambda x, members: lora_glu_mlp(x, *members, impl="torch"), x, packed, dy)
     assert parts == ([M, M], [M, M])
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_many_rows_over_quantised_weights_are_taken_in_parts(memory, parts, monkeypatch):
+    """Where three weights are less than what parts save. They are written out once in each pass, and the bits are theirs."""
+    x, members, dy = draw(F32, rows=97)  # 2 (97 - 16) > 2 K
+    packed = [member._replace(w=quantize_4bit(member.w)) for member in members]
+    dense = [member._replace(w=member.w.dequantize(F32)) for member in packed]
+    call = functools.partial(lora_glu_mlp, memory=memory, impl="torch")
+    want = outcome(lambda x, members: call(x, *members), x, dense, dy)
+    written = []
+    whole = NF4Weight.dequantize
+    monkeypatch.setattr(NF4Weight, "dequantize", lambda w, *of, **how: written.append(w) or whole(w, *of, **how))
+    got = outcome(lambda x, members: call(x, *members), x, packed, dy)
+    for name, value in want.items():
+        assert_bits_equal(name, got[name], value)
+    assert parts[1] == [16, 16, 16, 16, 16, 16, 1] * 2
+    assert len(written) == 6
 
 
 class _Largest(TorchDispatchMode):
@@ -168,6 +186,7 @@ def test_x_without_a_gradient_gets_none():
     x.requires_grad_(False)
     got = outcome(lambda x, members: lora_glu_mlp(x, *members, memory="memory", impl="torch"), x, members, dy)
     assert set(want) - set(got) == {"dx"}
+    assert not lora_glu_mlp(x, *members, memory="memory", impl="torch").grad_fn.needs.x  # nor is it computed
     for name, value in got.items():
         assert_bits_equal(name, value, want[name])
 
