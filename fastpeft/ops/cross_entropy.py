@@ -23,6 +23,7 @@ from fastpeft import backend
 from fastpeft.ops import cross_entropy_torch, cross_entropy_triton
 from fastpeft.ops.cross_entropy_torch import Terms, wide
 from fastpeft.ops.first_order import first_order_only
+from fastpeft.ops.rehearsal import spans
 from fastpeft.ops.tracing import has_values, transformed
 from fastpeft.reference import cross_entropy as reference
 
@@ -48,8 +49,7 @@ def in_chunks(x, w, bias, labels, terms: Terms, impl: str, needs, factor, weight
     dbias = torch.zeros(v, dtype=to, device=x.device) if need_bias else None
     rows = min(count, passes.chunk_rows(v, x))
     buffer = passes.scratch(rows, v, x)
-    for first in range(0, count, max(1, rows)):
-        part = slice(first, min(count, first + rows))
+    for part in spans(count, rows):
         take = part if index is None else index[part]
         xs = x[take]
         logits = passes.project(xs, w, bias, buffer[: xs.shape[0]])

@@ -53,6 +53,7 @@ from fastpeft.ops.lora_group import (
 )
 from fastpeft.ops.lora_torch import Member, sum_rows
 from fastpeft.ops.norm import Normed, normed
+from fastpeft.ops.rehearsal import spans
 from fastpeft.ops.tracing import traced, transformed
 
 MEMORY = ("speed", "balanced", "memory")
@@ -155,8 +156,7 @@ def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> 
     if m <= part:
         return _forward_of(rows, full, activation, memory, wide, impl, needs)
     y = rows.new_empty(m, full[2].w.shape[0])
-    for first in range(0, m, part):
-        span = slice(first, first + part)
+    for span in spans(m, part):
         y[span], kept = _forward_of(rows[span], full, activation, memory, wide, impl, needs)
     return y, kept
 
@@ -210,25 +210,37 @@ def backward_passes(dy, rows, kept: Kept, full, activation, wide, impl, needs: N
         whole = rows if rows is None else rows[:]
         return _backward_of(dy, whole, kept, full, activation, wide, impl, needs)
     dx = dy.new_empty(m, full[0].w.shape[1]) if needs.x else None
-    sums, dtypes = None, None
-    for first in range(0, m, part):
-        span = slice(first, first + part)
+    sums = _Sums()
+    for span in spans(m, part):
         some = Kept(*(None if tensor is None else tensor[span] for tensor in kept))
-        dx_part, grads = _backward_of(
-            dy[span], None if rows is None else rows[span], some, full, activation, wide, impl, needs
-        )
+        x = None if rows is None else rows[span]
+        dx_part, grads = _backward_of(dy[span], x, some, full, activation, wide, impl, needs)
         if needs.x:
             dx[span] = dx_part
-        flat = [grad for three in grads for grad in three]
-        if sums is None:  # in float32 or wider, rounded once
-            dtypes = [None if grad is None else grad.dtype for grad in flat]
-            sums = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in flat]
-            continue
-        for total, grad in zip(sums, flat, strict=True):
+        sums.add([grad for three in grads for grad in three])
+        del x, dx_part, grads  # before the next part's are made
+    return dx, [tuple(three) for three in groups_of(3, sums.rounded())]
+
+
+class _Sums:
+    """Sums of lists of tensors, some None, in float32 or wider, rounded once."""
+
+    def __init__(self):
+        self.totals, self.dtypes = None, None
+
+    def add(self, tensors) -> None:
+        if self.totals is None:
+            self.dtypes = [None if t is None else t.dtype for t in tensors]
+            self.totals = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+            return
+        for total, tensor in zip(self.totals, tensors, strict=True):
             if total is not None:
-                total += grad
-    totals = [None if total is None else total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
-    return dx, [tuple(three) for three in groups_of(3, totals)]
+                total += tensor
+
+    def rounded(self) -> list[torch.Tensor | None]:
+        return [
+            None if total is None else total.to(dtype) for total, dtype in zip(self.totals, self.dtypes, strict=True)
+        ]
 
 
 def _backward_of(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
