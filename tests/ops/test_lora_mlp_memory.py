@@ -147,6 +147,23 @@ def test_a_norm_s_output_is_computed_again(memory):
     assert kept == rstd + (2 * wide + sum(ranks) if memory == "balanced" else 0)
 
 
+@pytest.mark.parametrize("memory", ["balanced", "memory"])
+def test_parts_of_a_norm_s_output_are_computed_again(memory, parts):
+    want, got = after_norm("speed")[0], after_norm(memory)[0]
+    for name, gradient in want.items():
+        assert_bits_equal(name, got[name], gradient)
+    assert parts[1] == [16, 16, 1] * 2
+
+
+def test_parts_are_summed_in_float32():
+    sums = lora_mlp._Sums()
+    for value in [1.0] + [2.0**-9] * 64:  # each is lost beside 1 in bfloat16
+        sums.add([torch.tensor([value], dtype=BF16), None])
+    total, none = sums.rounded()
+    assert none is None
+    assert_bits_equal("sum", total, torch.tensor([1.125], dtype=BF16))
+
+
 def test_nobody_changes_a_norm_s_output():
     """Else what is computed again would not be what was used."""
     x = rms_norm(draw(F32)[0], None, eps=1e-6)
