@@ -23,6 +23,7 @@ from fastpeft import backend
 from fastpeft.ops import cross_entropy_torch, cross_entropy_triton
 from fastpeft.ops.cross_entropy_torch import Terms, wide
 from fastpeft.ops.first_order import first_order_only
+from fastpeft.ops.rehearsal import spans
 from fastpeft.ops.tracing import has_values, transformed
 from fastpeft.reference import cross_entropy as reference
 
@@ -36,9 +37,9 @@ def in_chunks(x, w, bias, labels, terms: Terms, impl: str, needs, factor, weight
     passes = cross_entropy_torch if valueless and not backend.rehearsing() else PASSES[impl]
     (m, _), v, to = x.shape, w.shape[0], wide(x.dtype)
     need_x, need_w, need_bias = needs
-    index = (
-        None if valueless or x.device.type != "cpu" or impl != "torch" else _kept_rows(labels, v, terms.ignore_index)
-    )
+    index = None
+    if impl == "torch" and backend.type_of(x.device) == "cpu":
+        index = _kept_rows(labels, v, terms.ignore_index) if not valueless else _nearly_all(m, x)
     count = m if index is None else len(index)
     losses = torch.zeros(m, dtype=to, device=x.device)
     dx = None
@@ -48,8 +49,7 @@ def in_chunks(x, w, bias, labels, terms: Terms, impl: str, needs, factor, weight
     dbias = torch.zeros(v, dtype=to, device=x.device) if need_bias else None
     rows = min(count, passes.chunk_rows(v, x))
     buffer = passes.scratch(rows, v, x)
-    for first in range(0, count, max(1, rows)):
-        part = slice(first, min(count, first + rows))
+    for part in spans(count, rows):
         take = part if index is None else index[part]
         xs = x[take]
         logits = passes.project(xs, w, bias, buffer[: xs.shape[0]])
@@ -81,6 +81,11 @@ def _kept_rows(labels: torch.Tensor, v: int, ignore_index: int) -> torch.Tensor 
             f"got {int(labels[where])} at position {where} of {len(labels)}"
         )
     return None if kept.all() else kept.nonzero()[:, 0]
+
+
+def _nearly_all(m: int, like: torch.Tensor) -> torch.Tensor | None:
+    """The rows in a rehearsal: some label is ignored, as after the last token of each row of a batch. None where it is none."""
+    return torch.arange(m, device=like.device) if backend.rehearsing() else None
 
 
 def loss_and_gradients(x, w, bias, labels, num_items, terms: Terms, reduction: str, impl: str, needs):

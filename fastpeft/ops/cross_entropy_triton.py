@@ -1,7 +1,8 @@
 """One chunk of the linear cross-entropy on a GPU: cuBLAS' or hipBLAS' products around one kernel over the rows of the logits.
 
 A chunk has 256 rows: a product of so many rows with w is bound by the tensor cores of an H200 (206 operations a byte) and nearly
-so on an H100 (295), and more rows only take more memory. On CUDA logits of half precision are kept in float32, unrounded.
+so on an H100 (295), and more rows only take more memory. On CUDA logits of half precision are kept in float32, unrounded; their
+gradients, of half the bytes, go where the logits of rows before were.
 """
 
 import torch
@@ -53,12 +54,37 @@ def row_losses(
     want: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(losses [m] float32, dlogits [m, V] in `dtype`), those in the buffer of the logits where the dtype is theirs."""
-    from fastpeft.kernels.cross_entropy import cross_entropy, padded
+    """(losses [m] float32, dlogits [m, V] in `dtype`), those in the buffer of the logits."""
+    from fastpeft.kernels.cross_entropy import cross_entropy
 
-    m, v = logits.shape
-    out = None
-    if want:
-        out = logits if logits.dtype == dtype else logits.new_empty(m, padded(v), dtype=dtype)[:, :v]
-    losses = cross_entropy(logits, labels, out=out, bias=bias, factor=factor, weights=weights, **terms._asdict())
-    return losses, out
+    def of(part, out):
+        of_rows = None if weights is None else weights[part]
+        return cross_entropy(
+            logits[part], labels[part], out=out, bias=bias, factor=factor, weights=of_rows, **terms._asdict()
+        )
+
+    if not want or logits.dtype == dtype:
+        out = logits if want else None
+        return of(slice(None), out), out
+    return _narrowed(of, logits, dtype)
+
+
+def _narrowed(of, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses, dlogits in `dtype`, which is half as wide as the logits). of(rows, out): their losses, with dlogits into `out`.
+
+    Row i of dlogits takes the place of row i // 2 of the logits. Rows first..2 first lie where rows first / 2..first were, so
+    each launch writes over what launches before it have read, and over nothing that it reads itself. The first rows have a
+    place of their own, for a while: a quarter, since a launch of a few rows would leave most of the GPU idle.
+    """
+    (m, v), row = logits.shape, logits.stride(0)
+    out = logits.view(dtype).as_strided((m, v), (row, 1))
+    first = -(-m // 4)
+    apart = torch.empty(first, row, dtype=dtype, device=logits.device)[:, :v]
+    losses = [of(slice(0, first), apart)]
+    done = first
+    while done < m:
+        part = slice(done, min(m, 2 * done))
+        losses.append(of(part, out[part]))
+        done = part.stop
+    out[:first] = apart
+    return torch.cat(losses), out

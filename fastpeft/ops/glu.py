@@ -43,11 +43,11 @@ class _TritonPasses:
         return dgate.view(dh.shape) if need_gate else None, dup.view(dh.shape) if need_up else None
 
     @staticmethod
-    def backward_and_h(dh, gate, up, activation):
-        """(dgate, dup, h) of rows; dgate takes dh's memory."""
+    def backward_and_h(dh, gate, up, activation, out_up=None):
+        """(dgate, dup, h) of rows; dgate takes dh's memory, dup may take up's."""
         from fastpeft.kernels.glu import glu_grad
 
-        return glu_grad(dh, gate, up, activation, out_gate=dh, with_h=True)
+        return glu_grad(dh, gate, up, activation, out_gate=dh, out_up=out_up, with_h=True)
 
 
 def _rows(x):

@@ -17,16 +17,13 @@ from fastpeft.ops.weights import dense
 
 def group_forward(rows: torch.Tensor, members: Sequence[Member], wide: torch.dtype):
     """(y_i), (s_i): s_i [M, padded R_i], None without an adapter. `wide` other than rows' dtype is not to be had here."""
-    from fastpeft.kernels.lora_group import group_down
-
     if wide != rows.dtype:
         raise NotImplementedError(
             f"lora_linear_group: expected exact=False with impl='triton', whose low-rank products are taken in {rows.dtype} "
             "and summed in float32; use impl='torch' for exact ones"
         )
     precision = backend.matmul_precision(rows.device)
-    adapters = [None if m.a is None else (m.a, m.scale, m.seed, m.threshold) for m in members]
-    s = group_down(rows, adapters, precision=precision)
+    s = group_down(rows, members, wide)
     outputs = []
     for member, s_i in zip(members, s, strict=True):
         if s_i is None:
@@ -48,6 +45,14 @@ def group_forward(rows: torch.Tensor, members: Sequence[Member], wide: torch.dty
             )
         )
     return outputs, s
+
+
+def group_down(rows: torch.Tensor, members: Sequence[Member], wide: torch.dtype) -> list[torch.Tensor | None]:
+    """(s_i) as group_forward gives them."""
+    from fastpeft.kernels import lora_group
+
+    adapters = [None if m.a is None else (m.a, m.scale, m.seed, m.threshold) for m in members]
+    return lora_group.group_down(rows, adapters, precision=backend.matmul_precision(rows.device))
 
 
 def group_backward(dys, rows, s, members, need_x, needs_a, needs_b, wide):

@@ -7,12 +7,19 @@
 |----------|------------------------------|------------------------------------|
 | speed    | x, g, u, h and every S       | nothing but act(g)                 |
 | balanced | x, g, u and every S          | h, elementwise                     |
-| memory   | x and the S of down          | g, u with their S, and h           |
+| memory   | x                            | g, u, h, and every S               |
 
-Backward writes dg over dh and du over h where h was computed again: never over an input, dy, or what autograd kept. All three
-policies give the same bits. Eager code keeps act(g) too, and copies of x and h. Where x is rms_norm's own output, "balanced" and
-"memory" keep the norm's input, which is kept anyway, and compute x again. Over dense weights without dropout backward takes many
-rows in parts, whose da and db are added in float32.
+Backward writes over dh, and over g, u and h where it computed them itself: never over an input, dy, or what autograd kept. All
+three policies give the same bits. Eager code keeps act(g) too, and copies of x and h. Where x is rms_norm's own output,
+"balanced" and "memory" keep the norm's input, which is kept anyway, and compute x again.
+
+Without dropout many rows are taken in parts: in backward, whose da and db are added in float32, and in forward where nothing of a
+part is kept. With "memory" there is then never a tensor [M, N]. Quantised weights are written out once for all parts, where there
+are so many rows that this takes less.
+
+"memory" keeps x before it computes anything. Non-reentrant checkpointing computes a layer again up to the last tensor that it
+kept: where the MLP is the layer's end, nothing of it but x is computed again there, and g and u are computed twice in all, as
+often as with the other policies.
 
 Llama's MLP at M = 1024, K = 576, N = 1536, R = 16, forward and backward on one thread of a Zen 4 core (no AMX), ms of CPU time
 and MiB kept besides x; separate: LoRALinears that share x, and F.silu:
@@ -24,6 +31,7 @@ and MiB kept besides x; separate: LoRALinears that share x, and F.silu:
 | float32, float32 | 159, 24.2 | 135, 24.2 | 133, 18.2 | 134, 12.2 | 176, 0.06 |
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,8 +51,9 @@ from fastpeft.ops.lora_group import (
     run_unchecked,
     with_tensors,
 )
-from fastpeft.ops.lora_torch import sum_rows
+from fastpeft.ops.lora_torch import Member, sum_rows
 from fastpeft.ops.norm import Normed, normed
+from fastpeft.ops.rehearsal import spans
 from fastpeft.ops.tracing import traced, transformed
 
 MEMORY = ("speed", "balanced", "memory")
@@ -81,48 +90,79 @@ class Needs(NamedTuple):
     def keep_x(self, memory: str) -> bool:
         return self.inner or self.h if memory == "memory" else self.gate[0] or self.up[0]
 
+    def keep_s_down(self, memory: str) -> bool:
+        """It comes of h, where that is computed again."""
+        return self.down[1] and not (memory == "memory" and (self.inner or self.h))
+
+
+class _KeptFirst(torch.autograd.Function):
+    """x itself. Keeps x, or what it was made from, and the projections' tensors, for a LoRAGluMLP that is yet to run."""
+
+    @staticmethod
+    def forward(ctx, x, h, weight, *tensors):
+        ctx.save_for_backward(x if h is None else None, h, weight, *[None] * len(Kept._fields), *tensors)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, *[None] * (len(ctx.needs_input_grad) - 1)
+
 
 class LoRAGluMLP(torch.autograd.Function):
     """tensors: w, a, b, bias of gate, up and down, w None where it is quantised and given in `members`.
 
     wide: the dtype of the low-rank products, as in LoRAGroup. h, weight: what x was made from, with the norm's settings, or None;
-    they are then kept in its place, and get no gradient here.
+    they are then kept in its place, and get no gradient here. kept_by: the node of a _KeptFirst that did that; `asked`: the
+    gradient of x is wanted.
     """
 
     @staticmethod
-    def forward(ctx, x, h, weight, norm, members, activation, memory, wide, impl, *tensors):
+    def forward(ctx, x, h, weight, norm, kept_by, asked, members, activation, memory, wide, impl, *tensors):
         full = [with_tensors(member, *four) for member, four in zip(members, groups_of(4, tensors), strict=True)]
-        needs = Needs(ctx.needs_input_grad[0], *(tuple(four[1:]) for four in groups_of(4, ctx.needs_input_grad[9:])))
+        of_members = groups_of(4, ctx.needs_input_grad[_BEFORE:])
+        needs = Needs(ctx.needs_input_grad[0] and asked, *(tuple(four[1:]) for four in of_members))
         y, kept = forward_passes(x.reshape(-1, x.shape[-1]), full, activation, memory, wide, impl, needs)
-        keep = needs.keep_x(memory)
-        kept_x = (None, h, weight) if keep and norm is not None else (x if keep else None, None, None)
-        ctx.save_for_backward(*kept_x, *kept, *tensors)
-        ctx.norm, ctx.members, ctx.settings, ctx.needs, ctx.x_shape = (
-            norm,
-            members,
-            (activation, wide, impl),
-            needs,
-            x.shape,
-        )
+        if kept_by is None:
+            keep = needs.keep_x(memory)
+            kept_x = (None, h, weight) if keep and norm is not None else (x if keep else None, None, None)
+            ctx.save_for_backward(*kept_x, *kept, *tensors)
+        ctx.norm, ctx.kept_by, ctx.members, ctx.settings = norm, kept_by, members, (activation, wide, impl)
+        ctx.needs, ctx.x_shape = needs, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @first_order_only("lora_glu_mlp")
     def backward(ctx, grad):
-        x, h, weight, *saved = ctx.saved_tensors
+        x, h, weight, *saved = (ctx if ctx.kept_by is None else ctx.kept_by).saved_tensors
         kept, tensors = Kept(*saved[:6]), saved[6:]
         del saved
-        if h is not None:
-            x = Normed.again(h, weight, ctx.norm)
         full = [with_tensors(m, *four) for m, four in zip(ctx.members, groups_of(4, tensors), strict=True)]
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        rows = Normed(h, weight, ctx.norm) if h is not None else None if x is None else x.reshape(-1, x.shape[-1])
         dx, grads = backward_passes(grad.reshape(-1, grad.shape[-1]), rows, kept, full, *ctx.settings, ctx.needs)
         per_member = [gradient for three in grads for gradient in (None, *three)]
-        return None if dx is None else dx.view(ctx.x_shape), *[None] * 8, *per_member
+        return None if dx is None else dx.view(ctx.x_shape), *[None] * (_BEFORE - 1), *per_member
+
+
+_BEFORE = 11
+"""Arguments of LoRAGluMLP before the tensors."""
 
 
 def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> tuple[torch.Tensor, Kept]:
     """y [M, N'] of x's rows and what backward needs under this policy. full: Members of gate, up, down."""
+    m = rows.shape[0]
+    keeps = memory != "memory" or needs.keep_s_down(memory)
+    part, full = (m, full) if keeps else _in_parts(full, m, rows.dtype, 2)  # g, and u or h
+    if m <= part:
+        return _forward_of(rows, full, activation, memory, wide, impl, needs)
+    y = rows.new_empty(m, full[2].w.shape[0])
+    for span in spans(m, part):
+        y[span], kept = _forward_of(rows[span], full, activation, memory, wide, impl, needs)
+    return y, kept
+
+
+def _forward_of(rows, full, activation, memory, wide, impl, needs: Needs) -> tuple[torch.Tensor, Kept]:
+    """`forward_passes` of some rows."""
     group, *outer, down = PASSES[impl], *full
     keep_h = needs.h and memory == "speed"
     keep_parts = memory != "memory" and (needs.inner or (needs.h and not keep_h))
@@ -136,67 +176,98 @@ def forward_passes(rows, full, activation, memory, wide, impl, needs: Needs) -> 
         h if keep_h else None,
         s_gate if keep_s and needs.gate[1] else None,
         s_up if keep_s and needs.up[1] else None,
-        s_down if needs.down[1] else None,
+        s_down if needs.keep_s_down(memory) else None,
     )
 
 
 CHUNK_BYTES = 16 << 20
-"""Of one [rows, N] tensor in backward: more rows than fit are taken in parts, since four or five such tensors live at once."""
+"""Of one [rows, N] tensor: more rows than fit are taken in parts, since four or five such tensors live at once."""
 CHUNK_ROWS = 256
 """Parts are multiples of this."""
 
 
-def backward_passes(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
-    """(dx, [(da, db, dbias) of gate, up, down]); what is not kept is computed again.
+def _in_parts(full, m: int, dtype: torch.dtype, wide: int) -> tuple[int, Sequence[Member]]:
+    """(rows of a part, the members with dense weights), or (m, members) where all are taken at once.
 
-    Many rows are taken in parts. Not with dropout, whose masks belong to row numbers, nor over quantised weights, which every
-    part would dequantise again.
+    That is with dropout, whose masks belong to row numbers; and where quantised weights, written out for all parts instead of
+    one by one, would take more than parts save of the tensors [M, N] that live at once, `wide` of them.
     """
-    m, n = dy.shape[0], full[0].w.shape[0]
-    part = max(CHUNK_ROWS, CHUNK_BYTES // (n * dy.element_size()) // CHUNK_ROWS * CHUNK_ROWS)
-    if m <= part or any(member.threshold or not isinstance(member.w, torch.Tensor) for member in full):
-        return _backward_of(dy, rows, kept, full, activation, wide, impl, needs)
+    n = full[0].w.shape[0]
+    part = max(CHUNK_ROWS, CHUNK_BYTES // (n * dtype.itemsize) // CHUNK_ROWS * CHUNK_ROWS)
+    quantised = [math.prod(member.w.shape) for member in full if not isinstance(member.w, torch.Tensor)]
+    more = sum(quantised) - max(quantised, default=0)
+    if any(member.threshold for member in full) or wide * (m - part) * n <= more:
+        return m, full
+    dense = [w if isinstance(w, torch.Tensor) else w.dequantize(dtype) for w, *_ in full]
+    return part, [member._replace(w=w) for member, w in zip(full, dense, strict=True)]
+
+
+def backward_passes(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
+    """(dx, [(da, db, dbias) of gate, up, down]); what is not kept is computed again. rows: x [M, K], or what it was made from."""
+    m = dy.shape[0]
+    part, full = _in_parts(full, m, dy.dtype, 3 if kept.g is not None else 4)  # dg, du, h, and g
+    if m <= part:
+        whole = rows if rows is None else rows[:]
+        return _backward_of(dy, whole, kept, full, activation, wide, impl, needs)
     dx = dy.new_empty(m, full[0].w.shape[1]) if needs.x else None
-    sums, dtypes = None, None
-    for first in range(0, m, part):
-        span = slice(first, first + part)
+    sums = _Sums()
+    for span in spans(m, part):
         some = Kept(*(None if tensor is None else tensor[span] for tensor in kept))
-        dx_part, grads = _backward_of(
-            dy[span], None if rows is None else rows[span], some, full, activation, wide, impl, needs
-        )
+        x = None if rows is None else rows[span]
+        dx_part, grads = _backward_of(dy[span], x, some, full, activation, wide, impl, needs)
         if needs.x:
             dx[span] = dx_part
-        flat = [grad for three in grads for grad in three]
-        if sums is None:  # in float32 or wider, rounded once
-            dtypes = [None if grad is None else grad.dtype for grad in flat]
-            sums = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in flat]
-            continue
-        for total, grad in zip(sums, flat, strict=True):
+        sums.add([grad for three in grads for grad in three])
+        del x, dx_part, grads  # before the next part's are made
+    return dx, [tuple(three) for three in groups_of(3, sums.rounded())]
+
+
+class _Sums:
+    """Sums of lists of tensors, some None, in float32 or wider, rounded once."""
+
+    def __init__(self):
+        self.totals, self.dtypes = None, None
+
+    def add(self, tensors) -> None:
+        if self.totals is None:
+            self.dtypes = [None if t is None else t.dtype for t in tensors]
+            self.totals = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+            return
+        for total, tensor in zip(self.totals, tensors, strict=True):
             if total is not None:
-                total += grad
-    totals = [None if total is None else total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
-    return dx, [tuple(three) for three in groups_of(3, totals)]
+                total += tensor
+
+    def rounded(self) -> list[torch.Tensor | None]:
+        return [
+            None if total is None else total.to(dtype) for total, dtype in zip(self.totals, self.dtypes, strict=True)
+        ]
 
 
 def _backward_of(dy, rows, kept: Kept, full, activation, wide, impl, needs: Needs):
     """`backward_passes` of some rows."""
     group, elementwise, *outer, down = PASSES[impl], GLU_PASSES[impl], *full
     g, u, h, *s, s_down = kept
-    if g is None and (needs.inner or (needs.h and h is None)):
+    s_again = needs.down[1] and s_down is None
+    h_again = h is None and (needs.h or s_again)
+    own = g is None and (needs.inner or h_again)
+    if own:
         (g, u), s = group.group_forward(rows, outer, wide)
-    h_again = needs.h and h is None
     late = h_again and needs.inner and elementwise.GIVES_H
     if h_again and not late:
         h = elementwise.forward(g, u, activation)
-    dh, (da,), (db,) = group.group_backward(
-        [dy], h, [s_down], [down], needs.inner, [needs.h and not late], [needs.down[1]], wide
-    )
+        if s_again:
+            (s_down,) = group.group_down(h, [down], wide)
+    now = needs.h and not late, needs.down[1] and not (late and s_again)
+    dh, (da,), (db,) = group.group_backward([dy], h, [s_down], [down], needs.inner, [now[0]], [now[1]], wide)
     grads = [(None, None, None), (None, None, None)]
     dx = None
     if needs.inner:
         if late:
-            dg, du, h = elementwise.backward_and_h(dh, g, u, activation)
-            _, (da,), _ = group.group_backward([dy], h, [None], [down], False, [True], [False], wide)
+            dg, du, h = elementwise.backward_and_h(dh, g, u, activation, out_up=u if own else None)
+            if s_again:
+                (s_down,) = group.group_down(h, [down], wide)
+            _, (da,), (later,) = group.group_backward([dy], h, [s_down], [down], False, [needs.h], [s_again], wide)
+            db = later if s_again else db
         else:
             dg, du = elementwise.backward(dh, g, u, activation, out_gate=dh, out_up=h if h_again else None)
         del g, u, h, dh
@@ -261,8 +332,18 @@ def _run(impl, x, members, activation, memory, exact):
     described, tensors = describe(members)
     wide = torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
     made = None if memory == "speed" else normed(x)
-    h, weight, settings = (None,) * 3 if made is None else made
-    return LoRAGluMLP.apply(x, h, weight, settings, described, activation, memory, wide, impl, *tensors)
+    h, weight, norm = (None,) * 3 if made is None else (made.h, made.weight, made.settings)
+    kept_by, asked = None, x.requires_grad
+    if memory == "memory" and torch.is_grad_enabled() and _needs(x, tensors).keep_x(memory):
+        x = _KeptFirst.apply(x, h, weight, *tensors)
+        kept_by = x.grad_fn
+    return LoRAGluMLP.apply(x, h, weight, norm, kept_by, asked, described, activation, memory, wide, impl, *tensors)
+
+
+def _needs(x, tensors) -> Needs:
+    """What autograd will ask of a call."""
+    asks = [tensor is not None and tensor.requires_grad for tensor in tensors]
+    return Needs(x.requires_grad, *(tuple(four[1:]) for four in groups_of(4, asks)))
 
 
 def _in_three(impl: str, x: torch.Tensor, members: Sequence[Projection], exact: bool) -> bool:

@@ -120,7 +120,7 @@ def _shapes_kept(x, ranks, n, needs: Needs, memory, wide, impl):
         (n, x.dtype) if keep_h else None,
         of_rank(ranks[0]) if keep_s and needs.gate[1] else None,
         of_rank(ranks[1]) if keep_s and needs.up[1] else None,
-        of_rank(ranks[2]) if needs.down[1] else None,
+        of_rank(ranks[2]) if needs.keep_s_down(memory) else None,
     )
 
 

@@ -53,7 +53,7 @@ def backward(dy, x, s, w, a, b, scale, seed, threshold, needs):
 
 def group_forward(rows: torch.Tensor, members: Sequence[Member], wide: torch.dtype):
     """(y_i), (s_i): every projection's output in rows' dtype and S in `wide`, in which the low-rank products are taken."""
-    outputs, s = [], _down(rows, members, wide)
+    outputs, s = [], group_down(rows, members, wide)
     for member, s_i in zip(members, s, strict=True):
         bias = None if member.bias is None else member.bias.to(rows.dtype)
         y = F.linear(rows, dense(member.w, rows.dtype), bias)
@@ -63,7 +63,7 @@ def group_forward(rows: torch.Tensor, members: Sequence[Member], wide: torch.dty
     return outputs, s
 
 
-def _down(rows, members, wide):
+def group_down(rows, members, wide):
     """S_i = drop_i(x) a_i^T; None without an adapter. One product, with the a's stacked, for all that have no dropout."""
     s = [None] * len(members)
     joint = [i for i, member in enumerate(members) if member.a is not None and not member.threshold]

@@ -9,7 +9,7 @@
 Kept for backward: h, which is x without a residual, and rstd (and mean): one number a row. No float32 copy of x.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -27,19 +27,19 @@ def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.reshape(-1, x.shape[-1])
 
 
-class Normed(NamedTuple):
+@dataclass(frozen=True)
+class Normed:
     """What an output y of rms_norm was made from. Who keeps y for backward can keep h instead, which is kept anyway."""
 
     h: torch.Tensor
     weight: torch.Tensor | None
     settings: tuple
 
-    @staticmethod
-    def again(h: torch.Tensor, weight: torch.Tensor | None, settings: tuple) -> torch.Tensor:
-        """y, bit for bit."""
-        eps, offset, dtype, impl = settings
-        y, *_ = PASSES[impl].forward(rows_of(h), None, weight, None, eps, offset, False, dtype)
-        return y.view(h.shape)
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """These rows of y [M, K], bit for bit."""
+        eps, offset, dtype, impl = self.settings
+        y, *_ = PASSES[impl].forward(rows_of(self.h)[rows], None, self.weight, None, eps, offset, False, dtype)
+        return y
 
 
 def normed(y: torch.Tensor) -> Normed | None:

@@ -7,6 +7,14 @@ from fastpeft import backend
 from fastpeft.ops.weights import own_scratch
 
 
+def spans(m: int, rows: int) -> Iterator[slice]:
+    """0..m in parts of `rows`. In a rehearsal the first, the second and the last: the others allocate what the second does."""
+    firsts = range(0, m, max(1, rows))
+    if backend.rehearsing() and len(firsts) > 3:
+        firsts = firsts[0], firsts[1], firsts[-1]
+    return (slice(first, min(m, first + rows)) for first in firsts)
+
+
 @contextlib.contextmanager
 def rehearsal(device_type: str, facts: backend.GpuFacts | None = None) -> Iterator[None]:
     """backend.rehearsal with launchers that launch nothing, and a scratch buffer that goes with it.

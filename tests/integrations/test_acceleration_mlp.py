@@ -210,13 +210,30 @@ def test_gradient_checkpointing(reentrant, calls):
     assert len(calls) == (2 if reentrant else 4)
 
 
-def test_checkpointed_layers_keep_what_is_balanced(calls):
-    """Within a layer that is computed again "memory" would compute gate and up a third time."""
-    model = adapted("llama").train()
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["accelerate", "users", "users_reentrant"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_checkpointed_layers_keep_least_where_the_mlp_ends_them(family, reentrant, calls):
+    """Elsewhere, as before Gemma 2's last norm, "memory" would compute gate and up a third time."""
+    model = adapted(family)
     want = step(model)
-    fastpeft.accelerate(model, parts=["mlp"], memory="memory")
+    fastpeft.accelerate(model, parts=["mlp"], memory="memory" if reentrant is None else "balanced")
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(step(model), want)
-    assert [options["memory"] for options in calls] == ["balanced"] * 4  # two layers, forward pass and recomputation
+    least = family in ("llama", "qwen3") and not reentrant
+    passes = 1 if reentrant else 2  # the first, without gradients, is by the linears' own forwards
+    assert [options["memory"] for options in calls] == ["memory" if least else "balanced"] * (2 * passes)
+
+
+def test_a_layer_that_ends_with_its_mlp_computes_it_once(calls, monkeypatch):
+    """And its gate and up once more in backward: checkpointing stops at what is kept first."""
+    ran, forward = [], lora_mlp.forward_passes
+    monkeypatch.setattr(lora_mlp, "forward_passes", lambda *given: ran.append(given) or forward(*given))
+    model = adapted("llama")
+    fastpeft.accelerate(model, parts=["mlp", "norm"], memory="memory")
+    step(model)
+    assert (len(calls), len(ran)) == (4, 2)
 
 
 def kept_by(model, x):
@@ -240,7 +257,7 @@ def test_what_is_kept(calls, no_checkpointing):
     wide, ranks = 40 * 48 * 4, 40 * 2 * 4
     assert kept["speed"] == 3 * wide + 3 * ranks
     assert kept["balanced"] == 2 * wide + 3 * ranks
-    assert kept["memory"] == ranks
+    assert kept["memory"] == 0
     assert kept["before"] >= 4 * wide
     handle = module.up_proj.register_forward_hook(lambda *_: None)
     assert kept["speed"] <= kept_by(module, x) < kept["before"]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, masking_utils
 
 import fastpeft
 from fastpeft import backend
+from fastpeft.ops import cross_entropy, lora_mlp
 from fastpeft.ops.nf4 import quantize_4bit
 from fastpeft.training import estimate
 from fastpeft.training.estimate import extrapolated, largest
@@ -101,6 +102,22 @@ def test_the_allocator_says_the_same(name, checkpointing):
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     assert peak.nbytes - static == pytest.approx(max(itertools.accumulate(changes)), rel=AGREEMENT)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_parts_that_are_alike_are_rehearsed_once(name, checkpointing, monkeypatch):
+    """Many rows are taken in parts, by the loss and by the MLPs. Three of them tell what all take."""
+    method, own = METHODS[name]
+    monkeypatch.setattr(lora_mlp, "CHUNK_BYTES", 1)
+    own = own | {"batch_size": 15, "seq_len": 100, "gradient_checkpointing": checkpointing}  # 5.9 parts
+    few = plan(llama(), method, **own)
+    seen = []
+    for module in (lora_mlp, cross_entropy):
+        every = lambda m, rows: [seen.append(m) or slice(i, min(m, i + rows)) for i in range(0, m, rows)]  # noqa: E731
+        monkeypatch.setattr(module, "spans", every)
+    assert plan(llama(), method, **own) == few
+    assert len(seen) > 40
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,23 @@
 
 import functools
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft.integrations.acceleration.ledger import Acceleration
+
+
+def computed_again() -> bool:
+    """Whether non-reentrant checkpointing will compute, or now computes, again what runs here, and only as far as it must.
+
+    It asks who takes what is kept for backward, so that the first pass and the second get one answer.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__module__
+
 
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 

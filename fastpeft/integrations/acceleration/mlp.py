@@ -4,7 +4,8 @@
 
 An MLP is found by the names of its children and by what its forward reads of it, so that no model is listed here. Where all
 three linears are what call_of (linears.py) can describe, in a step with gradients, it is lora_glu_mlp, under the walk's memory
-policy. Elsewhere the linears run as they are, with their hooks, and glu keeps two tensors where the model keeps three.
+policy; at the end of a layer that is checkpointed under "memory", which then costs nothing: see lora_mlp.py. Elsewhere the
+linears run as they are, with their hooks, and glu keeps two tensors where the model keeps three.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from fastpeft.integrations.acceleration.activations import activation_of
+from fastpeft.integrations.acceleration.checkpointing import computed_again
 from fastpeft.integrations.acceleration.ledger import Accelerated, own_class
 from fastpeft.integrations.acceleration.linears import call_of, options_of, undo_reading
 from fastpeft.layers.linear_adapter import is_untouched
@@ -79,12 +81,13 @@ LAYOUTS = (
 
 
 class Plan(NamedTuple):
-    """What a replaced MLP needs to know."""
+    """What a replaced MLP needs to know. ends_layer: its layer only adds the result to the residual, and keeps nothing of it."""
 
     layout: Layout
     activation: str
     memory: str
     impl: str
+    ends_layer: bool
 
 
 class FastGatedMLP(Accelerated):
@@ -136,7 +139,8 @@ def _in_one(mlp: nn.Module, plan: Plan, x: torch.Tensor) -> torch.Tensor | None:
     if not x.requires_grad and not any(t is not None and t.requires_grad for p in (gate, up, down) for t in p[1:4]):
         return None
     impl, exact = options
-    return lora_glu_mlp(x, gate, up, down, activation=plan.activation, memory=plan.memory, impl=impl, exact=exact)
+    memory = "memory" if plan.ends_layer and computed_again() else plan.memory
+    return lora_glu_mlp(x, gate, up, down, activation=plan.activation, memory=memory, impl=impl, exact=exact)
 
 
 def _one_dtype(x: torch.Tensor, projections) -> bool:
@@ -156,6 +160,7 @@ def _by_own_linears(mlp: nn.Module, plan: Plan, x: torch.Tensor) -> torch.Tensor
         wide = torch.promote_types(g.dtype, u.dtype)
         g, u = g.to(wide), u.to(wide)
     h = glu(g, u, plan.activation, impl=plan.impl)
+    del g, u
     down = getattr(mlp, names.down)
     if names.dropout is not None:
         h = getattr(mlp, names.dropout)(h)
@@ -212,6 +217,16 @@ def _gate_comes_first(forward: Callable) -> bool:
     return forward.__code__.co_code == _Packed.forward.__code__.co_code
 
 
+_LAYER = {"self_attn", "input_layernorm", "post_attention_layernorm"}
+"""Beside its MLP, the children of a layer that is x + attn(norm(x)), then x + mlp(norm(x)). With other ones something may come
+after the MLP: a dropout (T5), a norm (Gemma 2)."""
+
+
+def _ends_layer(model: nn.Module, path: str) -> bool:
+    above, _, name = path.rpartition(".")
+    return {child for child, _ in model.get_submodule(above).named_children()} == _LAYER | {name}
+
+
 def replace_mlp(walk: "Walk") -> None:
     """Swap every gated MLP of the model; one that looks like it and is not is kept, with the reason."""
     for path, module in walk.model.named_modules():
@@ -222,7 +237,8 @@ def replace_mlp(walk: "Walk") -> None:
         if why is not None:
             walk.ledger.keep(path, module, PART, why)
             continue
-        plan = Plan(layout, activation_of(getattr(module, layout.act)), walk.memory, walk.impl)
+        activation = activation_of(getattr(module, layout.act))
+        plan = Plan(layout, activation, walk.memory, walk.impl, _ends_layer(walk.model, path))
         if walk.ledger.swap(path, module, FastGatedMLP, PART, _fastpeft_mlp=plan):
             for name in (layout.gate, layout.up, layout.down):
                 if name is not None:
