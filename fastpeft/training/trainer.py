@@ -24,19 +24,14 @@ import transformers
 from torch.utils.data import Sampler, SequentialSampler
 
 from fastpeft.model import PeftModel
-from fastpeft.training.across_processes import AcrossProcesses
+from fastpeft.training.across_processes import OPTIMIZER, RANDOM, SCHEDULER, STATE_FOLDER, AcrossProcesses
 from fastpeft.training.loraplus import create_loraplus_optimizer
 from fastpeft.training.run_folder import TrainingInfo
+from fastpeft.training.sharded_state import is_state
 from fastpeft.training.sharding import whole_adapters
 from fastpeft.training.tokenise import IGNORED
 
-_CHECKPOINT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-)
+_CHECKPOINT_FILES = ("adapter_config.json", "adapter_model.safetensors", SCHEDULER, RANDOM)
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
 
 
@@ -318,6 +313,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    if not ((checkpoint / OPTIMIZER).is_file() or is_state(checkpoint / STATE_FOLDER)):
         return False
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
