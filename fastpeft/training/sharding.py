@@ -22,15 +22,18 @@ from fastpeft.model import PeftModel
 
 
 def check_shardable(model: PeftModel, *, adapters: bool) -> None:
-    """Raises:  NotImplementedError for adapters that stand on changed base weights, and AdaLoRA with `adapters` sharded"""
+    """Raises:  NotImplementedError for several adapters of which some start from changed base weights, and for AdaLoRA with
+    `adapters` sharded
+    """
     if adapters and model.active_peft_config.peft_type == "ADALORA":
         raise NotImplementedError("shard_adapters: ADALORA ranks whole tensors; leave them whole")
+    if len(model.peft_config) == 1:
+        return
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer) and module.started_from:
             raise NotImplementedError(
-                f"fsdp: {name} starts from changed base weights (PiSSA, OLoRA, LoftQ), of which the adapter holds a whole "
-                "copy beside the base's own, to switch between them; use --distributed ddp, or init_lora_weights='orthogonal' "
-                "or 'eva', which leave the base as it is"
+                f"fsdp: {name} has an adapter that starts from changed base weights (PiSSA, OLoRA, LoftQ) beside others, of which "
+                "a sharded base cannot hold both; train it alone, or use --distributed ddp"
             )
 
 
@@ -38,8 +41,14 @@ def shard_base(model: PeftModel, device: torch.device, *, adapters: bool = False
     """fully_shard every layer of the base, then the rest, over all processes; `adapters`: trained parameters too.
 
     The model may still be on the CPU: what is sharded goes to `device` layer by layer. Trained parameters become rank 0's.
+    Changed base weights that an adapter starts from become the base's: the adapter cannot be switched off any more.
     """
     base = model.get_base_model()
+    for module in base.modules():
+        if isinstance(module, AdapterLayer):
+            module.give_up_own_parameters()
+        elif is_linear_8bit(module):
+            _keep_scales(module, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.to(device)
@@ -50,9 +59,6 @@ def shard_base(model: PeftModel, device: torch.device, *, adapters: bool = False
         for parameter in base.get_input_embeddings().parameters():
             parameter.data = parameter.data.to(device)
             whole.add(parameter)
-    for module in base.modules():
-        if is_linear_8bit(module):
-            _keep_scales(module, device)
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "ignored_params": whole or None}
     for layer in layers_of(base):
         fully_shard(layer, **options)
