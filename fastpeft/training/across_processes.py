@@ -25,7 +25,7 @@ from fastpeft.training.sharded_state import is_state, load_state, save_state
 from fastpeft.training.sharding import average_gradients, is_sharded, load_whole_state
 
 OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"
-STATE_FOLDER = "training_state"
+STATE_FOLDER = "sharded_state"
 """In a sharded training's checkpoint in the place of OPTIMIZER (sharded_state.py)."""
 
 

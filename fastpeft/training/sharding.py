@@ -32,8 +32,8 @@ def check_shardable(model: PeftModel, *, adapters: bool) -> None:
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer) and module.started_from:
             raise NotImplementedError(
-                f"fsdp: {name} has an adapter that starts from changed base weights (PiSSA, OLoRA, LoftQ) beside others, of which "
-                "a sharded base cannot hold both; train it alone, or use --distributed ddp"
+                f"fsdp: {name} has an adapter that starts from changed base weights (PiSSA, OLoRA, LoftQ) beside others, and a "
+                "sharded base cannot hold both weights; train it alone, or use --distributed ddp"
             )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 
 from fastpeft.model import PeftModel
@@ -69,7 +70,8 @@ class Trainer(AcrossProcesses):
 
         batch: what the model's forward takes, with labels; or a list of them, whose gradients add up to that of one large batch.
                With args.gradient_accumulation_steps = n a single one is cut into n along its rows
-        Returns {"loss", "learning_rate", "grad_norm"}: the loss before the step, the rate it took, the norm before clipping
+        Returns {"loss", "learning_rate", "grad_norm"}: the loss before the step, the rate it took, the norm before clipping; of
+               all processes together, of which each gives rows of its own
         Raises:  ValueError for an empty batch, or where the schedule's length is unknown: neither max_steps nor train_dataset
         """
         batches = self._parts_of(batch)
@@ -84,6 +86,7 @@ class Trainer(AcrossProcesses):
         loss = sum(self.training_step(model, part, items) for part in batches)
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         events.on_pre_optimizer_step(*state)
         self.optimizer.step()
         events.on_optimizer_step(*state)
@@ -93,7 +96,8 @@ class Trainer(AcrossProcesses):
         model.zero_grad()
         self.state.global_step += 1
         events.on_step_end(*state)
-        return {"loss": float(loss), "learning_rate": float(rate), "grad_norm": float(norm)}
+        loss = float(self._nested_gather(loss).mean())
+        return {"loss": loss, "learning_rate": float(rate), "grad_norm": float(norm)}
 
     def _parts_of(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The batches of one optimizer step."""

@@ -1,7 +1,8 @@
 """Several training runs one after another in each process that torchrun starts: starting up takes longer than they do.
 
-python -m torch.distributed.run --nproc-per-node 2 many_runs.py RUNS.json, a list of TrainConfig's fields, LoRA's under "peft".
-A run with "goes_on_from" starts from that checkpoint, of an earlier run in the list.
+python -m torch.distributed.run --nproc-per-node 2 many_runs.py RUNS.json, a list of
+- TrainConfig's fields, a method's under "peft"; with "goes_on_from" from that checkpoint, of an earlier run in the list
+- {"own_loop": FOLDER}, a loop over Trainer.train_step
 """
 
 import json
@@ -9,18 +10,55 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from transformers import TrainingArguments
 
-from fastpeft import LoraConfig
-from fastpeft.training import TrainConfig, train
+from fastpeft import LoraConfig, PeftModel, get_peft_config, get_peft_model
+from fastpeft.training import TrainConfig, Trainer, train
+from fastpeft.training.processes import Processes
+from fastpeft.training.sharded_state import save_state
+from fastpeft.training.sharding import shard_base
+from tests.tiny_models import small_llama
+
+STEPS, ROWS = 3, 8
 
 
 def config(fields: dict) -> TrainConfig:
-    return TrainConfig(**fields | {"peft": LoraConfig(**fields["peft"])})
+    return TrainConfig(**fields | {"peft": get_peft_config({"peft_type": "LORA"} | fields["peft"])})
+
+
+def loop_of_your_own(folder: Path) -> tuple[PeftModel, Trainer]:
+    """A model with adapters of ranks 3 and 1, sharded with its base where there are several processes, and its trainer."""
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=3, rank_pattern={"v_proj": 1}, task_type="CAUSAL_LM")
+    model = get_peft_model(small_llama(), lora)
+    if Processes.of_environment().count > 1:
+        shard_base(model, torch.device("cpu"), adapters=True)
+    options = {"use_cpu": True, "report_to": "none", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
+    return model, Trainer(model, TrainingArguments(str(folder), max_steps=STEPS, learning_rate=0.01, **options))
+
+
+def own_loop(folder: Path) -> None:
+    """Steps of ROWS rows, dealt out over the processes; what train_step returns goes into FOLDER.json, the state into FOLDER."""
+    processes = Processes.of_environment()
+    model, trainer = loop_of_your_own(folder)
+    model.train()
+    draw = torch.Generator().manual_seed(1)
+    numbers = []
+    for _ in range(STEPS):
+        ids = torch.randint(0, model.config.vocab_size, (ROWS, 9), generator=draw)[processes.rank :: processes.count]
+        numbers.append(trainer.train_step({"input_ids": ids, "labels": ids.clone()}))
+    save_state(folder, model, trainer.optimizer)
+    if processes.is_main:
+        folder.with_name(folder.name + ".json").write_text(json.dumps(numbers), encoding="utf-8")
 
 
 if __name__ == "__main__":
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        if "own_loop" in run:
+            own_loop(Path(run["own_loop"]))
+            continue
         checkpoint = run.pop("goes_on_from", None)
         if checkpoint:
             if dist.get_rank() == 0:
