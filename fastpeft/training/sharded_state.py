@@ -31,7 +31,7 @@ def is_state(folder: Path) -> bool:
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the folder, in the place of one that a killed run has left. For all processes."""
     state = optimizer.state_dict()
-    values = _trained(model) | {_OPTIONS: state["param_groups"]}
+    values = _trained(model) | {_OPTIONS: tuple(state["param_groups"])}  # a list would be taken apart
     for number, kept in state["state"].items():
         values |= {f"{_OPTIMIZER}{number}.{name}": value for name, value in kept.items()}
     if _rank() == 0:
@@ -54,7 +54,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         if name.startswith(_OPTIMIZER):
             number, key = name.removeprefix(_OPTIMIZER).split(".", 1)
             state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": values[_OPTIONS]})
+    optimizer.load_state_dict({"state": state, "param_groups": list(values[_OPTIONS])})
 
 
 def _room_for(stored: Any, parameter: torch.Tensor) -> torch.Tensor | None:

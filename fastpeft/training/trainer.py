@@ -96,7 +96,7 @@ class Trainer(AcrossProcesses):
         model.zero_grad()
         self.state.global_step += 1
         events.on_step_end(*state)
-        loss = float(self._nested_gather(loss).mean())
+        loss = float(self.accelerator.gather(loss).mean())
         return {"loss": loss, "learning_rate": float(rate), "grad_norm": float(norm)}
 
     def _parts_of(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 
 python -m torch.distributed.run --nproc-per-node 2 many_runs.py RUNS.json, a list of
 - TrainConfig's fields, a method's under "peft"; with "goes_on_from" from that checkpoint, of an earlier run in the list
-- {"own_loop": FOLDER}, a loop over Trainer.train_step
+- {"own_loop": FOLDER, "shard_adapters": ...}, a loop over Trainer.train_step
 """
 
 import json
@@ -28,21 +28,22 @@ def config(fields: dict) -> TrainConfig:
     return TrainConfig(**fields | {"peft": get_peft_config({"peft_type": "LORA"} | fields["peft"])})
 
 
-def loop_of_your_own(folder: Path) -> tuple[PeftModel, Trainer]:
+def loop_of_your_own(folder: Path, shard_adapters: bool = False) -> tuple[PeftModel, Trainer]:
     """A model with adapters of ranks 3 and 1, sharded with its base where there are several processes, and its trainer."""
     torch.manual_seed(0)
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=3, rank_pattern={"v_proj": 1}, task_type="CAUSAL_LM")
     model = get_peft_model(small_llama(), lora)
     if Processes.of_environment().count > 1:
-        shard_base(model, torch.device("cpu"), adapters=True)
+        shard_base(model, torch.device("cpu"), adapters=shard_adapters)
     options = {"use_cpu": True, "report_to": "none", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
     return model, Trainer(model, TrainingArguments(str(folder), max_steps=STEPS, learning_rate=0.01, **options))
 
 
-def own_loop(folder: Path) -> None:
+def own_loop(folder: Path, shard_adapters: bool = False) -> None:
     """Steps of ROWS rows, dealt out over the processes; what train_step returns goes into FOLDER.json, the state into FOLDER."""
     processes = Processes.of_environment()
-    model, trainer = loop_of_your_own(folder)
+    processes.join(torch.device("cpu"))
+    model, trainer = loop_of_your_own(folder, shard_adapters)
     model.train()
     draw = torch.Generator().manual_seed(1)
     numbers = []
@@ -57,7 +58,7 @@ def own_loop(folder: Path) -> None:
 if __name__ == "__main__":
     for run in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         if "own_loop" in run:
-            own_loop(Path(run["own_loop"]))
+            own_loop(Path(run["own_loop"]), run["shard_adapters"])
             continue
         checkpoint = run.pop("goes_on_from", None)
         if checkpoint:
@@ -65,4 +66,5 @@ if __name__ == "__main__":
                 shutil.copytree(checkpoint, Path(run["output_dir"]) / "checkpoints" / Path(checkpoint).name)
             dist.barrier()
         train(config(run))
+    dist.barrier()
     dist.destroy_process_group()

@@ -121,8 +121,8 @@ def runs(tmp_path_factory):
     listed.append(_fields(folder, "dropout", 2, **DROPOUT))
     half = {"resume": True, "goes_on_from": str(folder / "dropout/checkpoints/checkpoint-4")}
     listed.append(_fields(folder, "dropout-resumed", 2, **DROPOUT, **half))
-    listed.append({"own_loop": str(folder / "own-loop")})
-    many_runs.own_loop(folder / "own-loop-of-one")
+    listed += [{"own_loop": str(folder / f"loop-{number}"), "shard_adapters": bool(number)} for number in (0, 1)]
+    many_runs.own_loop(folder / "loop-of-one")
     (folder / "runs.json").write_text(json.dumps(listed), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / "tests/training/many_runs.py"), str(folder / "runs.json")]
@@ -255,18 +255,19 @@ def test_each_process_draws_its_own_dropout():
     assert seeds == [5, 6, 7]
 
 
-def test_a_loop_of_your_own_over_sharded_adapters(runs):
-    """Each process gives its rows to train_step, and all get the numbers of one; its state in parts is that of one, too."""
-    expected = json.loads((runs / "own-loop-of-one.json").read_text(encoding="utf-8"))
-    got = json.loads((runs / "own-loop.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["loop-0", "loop-1"], ids=["adapters-whole", "adapters-sharded"])
+def test_a_loop_of_your_own_over_a_sharded_base(runs, name):
+    """Each process gives its rows to train_step, and all get the numbers of one; the state in parts is that of one, too."""
+    expected = json.loads((runs / "loop-of-one.json").read_text(encoding="utf-8"))
+    got = json.loads((runs / f"{name}.json").read_text(encoding="utf-8"))
     assert len(got) == len(expected) == 3
     for step, other in zip(got, expected, strict=True):
         assert step == pytest.approx(other, rel=METRICS_REPEATED)
-    model, trainer = many_runs.loop_of_your_own(runs / "own-loop-of-one")
+    model, trainer = many_runs.loop_of_your_own(runs / "loop-of-one")
     trainer._begin_own_loop()
     found = []
-    for name in ("own-loop", "own-loop-of-one"):
-        load_state(runs / name, model, trainer.optimizer)
+    for folder in (runs / name, runs / "loop-of-one"):
+        load_state(folder, model, trainer.optimizer)
         tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         for number, state in trainer.optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{key}": value.clone() for key, value in state.items()}
