@@ -1,8 +1,8 @@
 """What one of N processes holds, from what a single one holds: FSDP2 of sharding.py, or DDP.
 
     fsdp:  base weights = the layers' / N + the rest's / N + buffers;  quantisation statistics whole
-           gathered     = the rest (embeddings, head, final norm) + 2 layers, while a step goes forward and backward: one that
-                          computes, and the next in the buffer that its message fills; 3 where adapters are sharded (measured)
+           gathered     = the rest (embeddings, head, final norm) + 3 layers, while a step goes forward and backward: one that
+                          computes, the next in the buffer that its message fills, and a buffer that is being unpacked
            adapter weights, gradients, optimizer state: whole, or / N where adapters are sharded; then a layer's gathered too
            messages     = a layer's gradients twice where they are sharded, else all gradients once, to be averaged after backward
     ddp:   messages     = all gradients once, in buckets, from the backward pass on
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 GATHERED, MESSAGES = "gathered weights", "messages"
 ALL_KINDS = (KINDS[0], GATHERED, *KINDS[1:], MESSAGES)
 """What a storage of a process is for, in the order of a table."""
-AT_ONCE, AT_ONCE_WITH_ADAPTERS = 2, 3
-"""Layers that are whole at one time. gloo copies a message once more, NCCL does not."""
+AT_ONCE = 3
+"""Layers whose weights a process holds at one time, in place or in a message's buffer. With gloo it was this many in all runs."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,8 @@ def _sharded(peak: Peak, phase: str, groups: Groups, options: PlanConfig) -> Pea
             parts[kind] = Fraction(parts.get(kind, 0), count)
     computes = phase != "optimizer"
     if computes:
-        layers = AT_ONCE * groups.base_layer
-        if options.shard_adapters:
-            layers = AT_ONCE_WITH_ADAPTERS * (groups.base_layer + groups.trained_layer)
-        parts[GATHERED] = groups.base_rest + layers
+        layer = groups.base_layer + groups.trained_layer * options.shard_adapters
+        parts[GATHERED] = groups.base_rest + AT_ONCE * layer
     if options.shard_adapters:
         parts[MESSAGES] = 2 * groups.trained_layer * (phase in ("backward", "end of backward"))
     elif not computes:

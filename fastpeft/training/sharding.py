@@ -44,11 +44,12 @@ def shard_base(model: PeftModel, device: torch.device, *, adapters: bool = False
     Changed base weights that an adapter starts from become the base's: the adapter cannot be switched off any more.
     """
     base = model.get_base_model()
+    scales = {}  # of int8 weights: bitsandbytes has them on the parameter, which sharding makes anew
     for module in base.modules():
         if isinstance(module, AdapterLayer):
             module.give_up_own_parameters()
         elif is_linear_8bit(module):
-            _keep_scales(module, device)
+            scales[module] = module.state.SCB = BaseParameters.of(module).state.to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.to(device)
@@ -60,19 +61,24 @@ def shard_base(model: PeftModel, device: torch.device, *, adapters: bool = False
             parameter.data = parameter.data.to(device)
             whole.add(parameter)
     options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "ignored_params": whole or None}
-    for layer in layers_of(base):
-        fully_shard(layer, **options)
-    fully_shard(base, **options)
+    for group in (*layers_of(base), base):
+        fully_shard(group, **options)
+        _hand_over(group, scales)
 
 
-def _keep_scales(module: nn.Module, device: torch.device) -> None:
-    """Hold an int8 weight's scales on the module. bitsandbytes has them on the parameter, which sharding makes anew."""
-    scales = module.state.SCB = BaseParameters.of(module).state.to(device)
+def _hand_over(group: nn.Module, scales: dict[nn.Module, torch.Tensor]) -> None:
+    """Before the group's forward, give its int8 weights their scales: bitsandbytes' own forward looks for them there.
 
-    def hand_over(module: nn.Module, _: tuple) -> None:  # bitsandbytes' own forward looks for them there
-        module.weight.CB, module.weight.SCB = module.weight.data, scales
+    A hook on the linear itself would keep an adapter from computing in one with it.
+    """
+    own = [(module, scales.pop(module)) for module in group.modules() if module in scales]
 
-    module.register_forward_pre_hook(hand_over)
+    def give(*_: Any) -> None:
+        for module, values in own:
+            module.weight.CB, module.weight.SCB = module.weight.data, values
+
+    if own:
+        group.register_forward_pre_hook(give)
 
 
 def layers_of(base: nn.Module) -> list[nn.Module]:
