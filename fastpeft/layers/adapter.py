@@ -52,6 +52,7 @@ class AdapterLayer(nn.Module):
         self.row_adapters: list[str] | None = None  # one name per item of the batch, while a mixed batch runs
         self.started_from: dict[str, BaseParameters] = {}
         self._unmerged: BaseParameters | None = None  # the base's own, while others stand in their place
+        self.needs_its_adapter = False  # the base's own are gone: what stands there is what the adapter starts from
         self._merged_before_disable: list[str] = []
 
     def __getattr__(self, name: str):
@@ -158,6 +159,15 @@ class AdapterLayer(nn.Module):
             self._unmerged.install(self.base_layer)
             self._unmerged = None
 
+    def give_up_own_parameters(self) -> None:
+        """Where the active adapter starts from others, these are the base's from now on, and nothing is kept twice.
+
+        For a base that is sharded. The adapter cannot be switched off any more.
+        """
+        if self._unmerged is not None:
+            self._unmerged, self.needs_its_adapter = None, True
+        self.started_from.clear()
+
     @contextlib.contextmanager
     def own_parameters_in_place(self) -> Iterator[None]:
         """Inside, the base holds its own parameters, whatever is merged or active."""
@@ -173,6 +183,11 @@ class AdapterLayer(nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Off gives the base module's own bits, also when adapters were merged into it."""
+        if not enabled and self.needs_its_adapter:
+            raise NotImplementedError(
+                "disable_adapter: expected the base's own weights, which were given up when the base was sharded (PiSSA, OLoRA, "
+                "LoftQ start from others); load the saved adapter over a base that is not sharded"
+            )
         if not enabled and self.merged_adapters:
             self._merged_before_disable = list(self.merged_adapters)
             self.unmerge()

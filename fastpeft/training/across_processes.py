@@ -3,7 +3,8 @@
 - Every process takes its share of each batch (rank_rows.py), so that steps, order and losses are those of one process whose
   batch is as large as all of theirs.
 - A model whose base is sharded already (sharding.py) is not wrapped again; whole trained parameters get averaged gradients.
-- A checkpoint has the same files whatever the number of processes, and each process's random state beside them.
+- A checkpoint has the same files whatever the number of processes, and each process's random state beside them; where the base is
+  sharded, a folder that all processes write in place of the optimizer's file. Any number of processes goes on from either.
 """
 
 import contextlib
@@ -20,9 +21,12 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from fastpeft.training.processes import Processes
 from fastpeft.training.rank_rows import RankRows, WithBlankRow
-from fastpeft.training.sharding import average_gradients, is_sharded, load_whole_state, whole_state
+from fastpeft.training.sharded_state import is_state, load_state, save_state
+from fastpeft.training.sharding import average_gradients, is_sharded, load_whole_state
 
-_OPTIMIZER, _SCHEDULER, _RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+OPTIMIZER, SCHEDULER, RANDOM = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+STATE_FOLDER = "sharded_state"
+"""In a sharded training's checkpoint in the place of OPTIMIZER (sharded_state.py)."""
 
 
 class AcrossProcesses(transformers.Trainer):
@@ -88,28 +92,35 @@ class AcrossProcesses(transformers.Trainer):
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
+            if self.args.should_save:
+                shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)  # of a run that was killed while it wrote
             return
-        state = whole_state(self.optimizer)
+        save_state(folder / STATE_FOLDER, self.model, self.optimizer)
         if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, _OPTIMIZER))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, _SCHEDULER))
+            (folder / OPTIMIZER).unlink(missing_ok=True)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or checkpoint is None:
+        folder = Path(checkpoint or "")
+        in_parts = checkpoint is not None and is_state(folder / STATE_FOLDER)
+        if checkpoint is None or not (in_parts or self.sharded):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder = Path(checkpoint)
-        load_whole_state(self.optimizer, torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+        if in_parts:
+            load_state(folder / STATE_FOLDER, self.model, self.optimizer)
+        else:
+            load_whole_state(self.optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Every process its own; rank 0's also under the name that a single process reads. trainer_state.json comes after all."""
         super()._save_rng_state(output_dir)
         if self.args.world_size > 1:
             if self.processes.is_main:
-                shutil.copyfile(self._random_of(output_dir, 0), os.path.join(output_dir, _RANDOM))
+                shutil.copyfile(self._random_of(output_dir, 0), os.path.join(output_dir, RANDOM))
             self.processes.wait()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -119,7 +130,7 @@ class AcrossProcesses(transformers.Trainer):
         if checkpoint is None or self.args.world_size <= 1 or self._random_of(checkpoint, rank).is_file():
             return
         if rank == 0:
-            saved = torch.load(Path(checkpoint) / _RANDOM, weights_only=False)
+            saved = torch.load(Path(checkpoint) / RANDOM, weights_only=False)
             torch.set_rng_state(saved["cpu"])
         else:
             torch.manual_seed(self.args.seed + rank + self.state.global_step)

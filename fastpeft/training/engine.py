@@ -55,7 +55,7 @@ from fastpeft.training.run_folder import (
 )
 from fastpeft.training.sharding import bytes_elsewhere, check_shardable, shard_base, whole_adapters
 from fastpeft.training.tokenise import Collator, PreparedSplit, encode_prompts
-from fastpeft.training.tracking import trackers
+from fastpeft.training.tracking import own_tracks, trackers
 from fastpeft.training.trainer import (
     STATE_FILE,
     Trainer,
@@ -179,7 +179,7 @@ class _Run:
         self.processes.own_random_numbers(self.config.seed)
         began = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")) if checkpoint else {}
         training = Stopwatch()
-        with self._accelerated():
+        with self._accelerated(), own_tracks(self.arguments.report_to):
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = training.seconds()
         after = self._score("evaluate")

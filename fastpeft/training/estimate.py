@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from fastpeft.training.live_memory import Peak
 from fastpeft.training.plan_config import PlanConfig
+from fastpeft.training.plan_sharded import shared_out, whole
 from fastpeft.training.planned_step import FakeModel, StepPeaks
 
 POINTS = (2, 3, 4)
@@ -48,13 +49,14 @@ class Estimator:
             if peak is not None:
                 return Estimate(peak, POINTS, self.layers, self._whole(steps))
         step = self._step(None, batch_size, seq_len)
-        return Estimate(step.peak, () if self.layers is None else (self.layers,), self.layers, step)
+        return Estimate(whole(step.peak), () if self.layers is None else (self.layers,), self.layers, step)
 
     def _step(self, layers: int | None, batch_size: int, seq_len: int) -> StepPeaks:
         if layers not in self._models:
             self._models[layers] = FakeModel(self.options, self.config, layers)
         self.runs += 1
-        return self._models[layers].step(batch_size, seq_len)
+        fake = self._models[layers]
+        return shared_out(fake.step(batch_size, seq_len), fake.model, self.options)
 
     def _whole(self, steps: Sequence[StepPeaks]) -> StepPeaks:
         """The last of the steps, with the numbers of parameters of the whole model."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.methods.by_name import check_fields, named_method
 from fastpeft.methods.config import PeftConfig
-from fastpeft.training.live_memory import KINDS
 from fastpeft.training.plan_config import GPUS, PlanConfig
+from fastpeft.training.plan_sharded import ALL_KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,6 +87,9 @@ class Plan:
             "gradient_checkpointing": options.gradient_checkpointing,
             "accelerate": options.accelerate,
             "device": options.device,
+            "processes": options.processes,
+            "distributed": options.distributed,
+            "shard_adapters": options.shard_adapters,
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
             "peak_bytes": self.peak_bytes,
@@ -171,7 +174,7 @@ def _plan_of(options: PlanConfig, estimate: "Estimate") -> Plan:
     return Plan(
         options=options,
         peak_bytes=peak.nbytes,
-        parts={kind: peak.parts[kind] for kind in KINDS if peak.parts.get(kind)},
+        parts={kind: peak.parts[kind] for kind in ALL_KINDS if peak.parts.get(kind)},
         where=peak.where,
         allowance_bytes=allowance,
         trainable=estimate.step.trainable,

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from fastpeft.methods.by_name import near_matches
 from fastpeft.methods.config import PeftConfig
 from fastpeft.methods.lora import LoraConfig
-from fastpeft.training.config import TASK_TYPES, Dtype, Quantization
+from fastpeft.training.config import TASK_TYPES, Distributed, Dtype, Quantization
 
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"]
 Memory = Literal["speed", "balanced", "memory"]
@@ -63,6 +63,12 @@ class PlanConfig:
     """Optimizer, by transformers' names."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Whose implementations are planned for: the Triton kernels of a GPU, or the library calls of a CPU."""
+    processes: int = 1
+    """Processes that share the work, one for each GPU; everything is planned for one of them, with batch_size rows of its own."""
+    distributed: Distributed = "ddp"
+    """What each process holds: the whole base (ddp), or its part of it (fsdp)."""
+    shard_adapters: bool = False
+    """With fsdp: a part of the adapter and its optimizer states too."""
     gpu: str | None = None
     """A GPU's name, or its GiB: also find the largest batch at this length, and the longest row at batch 1."""
     allowance_gib: float = 1.0
@@ -77,12 +83,18 @@ class PlanConfig:
     peft_library: bool = dataclasses.field(default=False, init=False)  # a plan of Hugging Face PEFT, for compare_peft
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "num_labels"):
+        for name in ("seq_len", "batch_size", "num_labels", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name, kind in (("optim", Optimizer), ("quantization", Quantization), ("memory", Memory), ("dtype", Dtype)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {list(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.distributed not in get_args(Distributed):
+            raise ValueError(f"distributed: expected one of {list(get_args(Distributed))}, got {self.distributed!r}")
+        if self.shard_adapters and self.distributed != "fsdp":
+            raise ValueError("shard_adapters: expected False without fsdp, got True")
+        if self.compare_peft and self.processes > 1:
+            raise ValueError(f"compare_peft: expected processes 1, got {self.processes}")
         if self.task not in TASK_TYPES:
             raise ValueError(f"task: expected one of {list(TASK_TYPES)}, got {self.task!r}")
         if self.device not in ("cuda", "cpu"):

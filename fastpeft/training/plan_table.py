@@ -16,9 +16,11 @@ def _what(plan: Plan) -> list[str]:
     base = "" if o.quantization == "none" else f", base in {o.quantization}" + (" (double)" * _is_double(plan))
     checkpointing = ", gradient checkpointing" if o.gradient_checkpointing else ""
     fast = f", accelerate ({o.memory})" if o.accelerate else ", without accelerate"
+    sharded = f"{o.distributed}{', adapters sharded' * o.shard_adapters}"
     return [
         f"{o.model}: {plan.total / 1e9:.2f} B parameters, {o.peft.peft_type}{rank} trains {plan.trainable / 1e6:.2f} M",
         f"batch {o.batch_size} x {o.seq_len} tokens{base}{checkpointing}{fast}, {o.optim}",
+        *([f"on each of {o.processes} GPUs ({sharded})"] if o.processes > 1 else []),
     ]
 
 

@@ -1,6 +1,6 @@
 """FSDP2 of a model with an adapter: every process holds a part of the base's weights, and gathers a layer when it computes.
 
-A weight in 4 bits is sharded as its packed bytes and gathered as such; its scales stay in every process. Inside a layer's
+A weight in 4 or 8 bits is sharded as its bytes and gathered as such; its scales stay in every process. Inside a layer's
 forward and backward its modules hold whole, plain tensors, so layers, ops and accelerate's parts know nothing of shards.
 Trained parameters are whole in every process (their gradients are averaged), or sharded as the base is.
 """
@@ -17,32 +17,23 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpeft.layers.adapter import AdapterLayer
-from fastpeft.layers.base_weight import is_linear_8bit
+from fastpeft.layers.base_weight import BaseParameters, is_linear_8bit
 from fastpeft.model import PeftModel
 
 
 def check_shardable(model: PeftModel, *, adapters: bool) -> None:
-    """Raises:  NotImplementedError for int8 weights, adapters that stand on changed base weights, prompts before the input's
-    embeddings, and AdaLoRA with `adapters` sharded
+    """Raises:  NotImplementedError for several adapters of which some start from changed base weights, and for AdaLoRA with
+    `adapters` sharded
     """
-    prompt = model.base_model.active_prompt()
-    if prompt is not None and prompt.lengthens_input:
-        raise NotImplementedError(
-            f"fsdp: {model.active_peft_config.peft_type} reads the input's embeddings outside the base's forward, where they are "
-            "sharded; use --distributed ddp"
-        )
     if adapters and model.active_peft_config.peft_type == "ADALORA":
         raise NotImplementedError("shard_adapters: ADALORA ranks whole tensors; leave them whole")
+    if len(model.peft_config) == 1:
+        return
     for name, module in model.named_modules():
-        if is_linear_8bit(module):
-            raise NotImplementedError(
-                f"fsdp: {name} is in int8, whose scales bitsandbytes keeps on the weight itself, where sharding loses them; "
-                "use --quantization nf4, or --distributed ddp"
-            )
         if isinstance(module, AdapterLayer) and module.started_from:
             raise NotImplementedError(
-                f"fsdp: {name} starts from changed base weights (PiSSA, OLoRA, LoftQ), of which the adapter holds a whole "
-                "copy; use --distributed ddp"
+                f"fsdp: {name} has an adapter that starts from changed base weights (PiSSA, OLoRA, LoftQ) beside others, and a "
+                "sharded base cannot hold both weights; train it alone, or use --distributed ddp"
             )
 
 
@@ -50,19 +41,44 @@ def shard_base(model: PeftModel, device: torch.device, *, adapters: bool = False
     """fully_shard every layer of the base, then the rest, over all processes; `adapters`: trained parameters too.
 
     The model may still be on the CPU: what is sharded goes to `device` layer by layer. Trained parameters become rank 0's.
+    Changed base weights that an adapter starts from become the base's: the adapter cannot be switched off any more.
     """
     base = model.get_base_model()
+    scales = {}  # of int8 weights: bitsandbytes has them on the parameter, which sharding makes anew
+    for module in base.modules():
+        if isinstance(module, AdapterLayer):
+            module.give_up_own_parameters()
+        elif is_linear_8bit(module):
+            scales[module] = module.state.SCB = BaseParameters.of(module).state.to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.to(device)
         dist.broadcast(parameter.data, src=0)
-    options = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "ignored_params": None if adapters else set(trained),
-    }
-    for layer in layers_of(base):
-        fully_shard(layer, **options)
-    fully_shard(base, **options)
+    whole = set() if adapters else set(trained)
+    prompt = model.base_model.active_prompt()
+    if prompt is not None and prompt.lengthens_input:  # it reads the input's embeddings before the base's forward
+        for parameter in base.get_input_embeddings().parameters():
+            parameter.data = parameter.data.to(device)
+            whole.add(parameter)
+    options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "ignored_params": whole or None}
+    for group in (*layers_of(base), base):
+        fully_shard(group, **options)
+        _hand_over(group, scales)
+
+
+def _hand_over(group: nn.Module, scales: dict[nn.Module, torch.Tensor]) -> None:
+    """Before the group's forward, give its int8 weights their scales: bitsandbytes' own forward looks for them there.
+
+    A hook on the linear itself would keep an adapter from computing in one with it.
+    """
+    own = [(module, scales.pop(module)) for module in group.modules() if module in scales]
+
+    def give(*_: Any) -> None:
+        for module, values in own:
+            module.weight.CB, module.weight.SCB = module.weight.data, values
+
+    if own:
+        group.register_forward_pre_hook(give)
 
 
 def layers_of(base: nn.Module) -> list[nn.Module]:
@@ -126,21 +142,8 @@ def average_gradients(model: nn.Module) -> None:
             part.copy_(mean.view_as(part))
 
 
-# -- an optimizer's state, as one process would have it ------------------------------------------------------------------
-
-
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """optimizer.state_dict() with every sharded tensor whole. For all processes."""
-    state = optimizer.state_dict()
-    whole = {
-        number: {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    return state | {"state": whole}
-
-
 def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The other way: what belongs to a sharded parameter is sharded as it is."""
+    """An optimizer's state as one process has it: what belongs to a sharded parameter is sharded as it is."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sharded = {
         number: {

@@ -1,7 +1,10 @@
 """Where a run's losses and metrics go beside run.json: TensorBoard, Weights & Biases, MLflow, by transformers' integrations."""
 
+import contextlib
+import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 """Tracker -> packages of which one must be installed; the first is the one to install."""
@@ -21,6 +24,32 @@ def trackers(report_to: Sequence[str] | None) -> list[str]:
         if not _installed(name):
             raise ValueError(f"report_to: {name} is not installed; pip install {PACKAGES[name][0]}")
     return wanted
+
+
+@contextlib.contextmanager
+def own_tracks(names: Sequence[str]) -> Iterator[None]:
+    """Inside, a training logs to runs of its own at its trackers, and they end with it; to the caller's where that has begun one.
+
+    transformers leaves a run of W&B open, where the next training of the process would go on, and MLflow's after an error.
+    """
+    modules = [importlib.import_module(name) for name in names if name in ("wandb", "mlflow")]
+    begun = [module for module in modules if not _active(module)]
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for module in begun:
+            if not _active(module):
+                continue
+            if module.__name__ == "wandb":
+                module.finish(exit_code=int(failed))
+            else:
+                module.end_run("FAILED" if failed else "FINISHED")
+
+
+def _active(module: Any) -> bool:
+    return (module.run if module.__name__ == "wandb" else module.active_run()) is not None
 
 
 def check_tracker_names(report_to: Sequence[str]) -> None:

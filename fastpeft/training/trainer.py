@@ -21,22 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 
 from fastpeft.model import PeftModel
-from fastpeft.training.across_processes import AcrossProcesses
+from fastpeft.training.across_processes import OPTIMIZER, RANDOM, SCHEDULER, STATE_FOLDER, AcrossProcesses
 from fastpeft.training.loraplus import create_loraplus_optimizer
 from fastpeft.training.run_folder import TrainingInfo
+from fastpeft.training.sharded_state import is_state
 from fastpeft.training.sharding import whole_adapters
 from fastpeft.training.tokenise import IGNORED
 
-_CHECKPOINT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-)
+_CHECKPOINT_FILES = ("adapter_config.json", "adapter_model.safetensors", SCHEDULER, RANDOM)
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that is written
 
 
@@ -74,7 +70,8 @@ class Trainer(AcrossProcesses):
 
         batch: what the model's forward takes, with labels; or a list of them, whose gradients add up to that of one large batch.
                With args.gradient_accumulation_steps = n a single one is cut into n along its rows
-        Returns {"loss", "learning_rate", "grad_norm"}: the loss before the step, the rate it took, the norm before clipping
+        Returns {"loss", "learning_rate", "grad_norm"}: the loss before the step, the rate it took, the norm before clipping; of
+               all processes together, of which each gives rows of its own
         Raises:  ValueError for an empty batch, or where the schedule's length is unknown: neither max_steps nor train_dataset
         """
         batches = self._parts_of(batch)
@@ -89,6 +86,7 @@ class Trainer(AcrossProcesses):
         loss = sum(self.training_step(model, part, items) for part in batches)
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         events.on_pre_optimizer_step(*state)
         self.optimizer.step()
         events.on_optimizer_step(*state)
@@ -98,7 +96,8 @@ class Trainer(AcrossProcesses):
         model.zero_grad()
         self.state.global_step += 1
         events.on_step_end(*state)
-        return {"loss": float(loss), "learning_rate": float(rate), "grad_norm": float(norm)}
+        loss = float(self.accelerator.gather(loss).mean())
+        return {"loss": loss, "learning_rate": float(rate), "grad_norm": float(norm)}
 
     def _parts_of(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The batches of one optimizer step."""
@@ -318,6 +317,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    if not ((checkpoint / OPTIMIZER).is_file() or is_state(checkpoint / STATE_FOLDER)):
         return False
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))

@@ -13,19 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel as HuggingFacePeftModel
 from safetensors.torch import load_file
-from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
-from fastpeft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, quantize
+from fastpeft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from fastpeft.cli import launch, main, process
 from fastpeft.training import TrainConfig, engine, resuming
+from fastpeft.training.across_processes import STATE_FOLDER
 from fastpeft.training.processes import Processes
-from fastpeft.training.rank_rows import RankRows, WithBlankRow
+from fastpeft.training.sharded_state import load_state
 from fastpeft.training.sharding import check_shardable
-from fastpeft.training.trainer import GroupedByLength
 from tests.tiny_models import small_llama
 from tests.tolerance import (
     ADAM_ON_ROUNDED_GRADIENTS,
@@ -45,6 +43,10 @@ STEP = 8
 FSDP = {"distributed": "fsdp"}
 NF4 = {"quantization": "nf4"}
 CLASSES = {"model": "bert", "data": "reviews.jsonl", "peft": {"target_modules": ["query", "value"]}}
+INT8 = {"quantization": "int8"}
+PROMPT = {"peft": {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 16}}
+OLORA = NF4 | {"peft": {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora", "r": 4}}
+PISSA = {"peft": {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa", "r": 3}}
 BUFFERS = 2048
 """Bytes of a tiny model's buffers (frequencies, positions) at most: they are whole in each process."""
 RUNS = {
@@ -54,6 +56,10 @@ RUNS = {
     "fsdp-nf4": ("nf4", FSDP | NF4),
     "fsdp-sharded": ("lora", FSDP | {"shard_adapters": True, "gradient_accumulation_steps": 2}),
     "fsdp-nf4-sharded": ("nf4", FSDP | NF4 | {"shard_adapters": True, "gradient_checkpointing": True}),
+    "fsdp-int8": ("int8", FSDP | INT8),
+    "fsdp-prompt": ("prompt", FSDP | PROMPT),
+    "fsdp-olora": ("olora", FSDP | OLORA),
+    "fsdp-pissa": ("pissa", FSDP | PISSA | {"shard_adapters": True}),
     "ddp-accumulated": ("lora", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     "fsdp-classes": ("classes", FSDP | CLASSES),
     "ddp-resumed": ("lora", {"resume": True}),
@@ -61,8 +67,11 @@ RUNS = {
 }
 """Name of a run in two processes -> what one process must find too, and the options."""
 DROPOUT = {"peft": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.3}}
-REFERENCES = {"lora": {}, "nf4": NF4, "classes": CLASSES}
+REFERENCES = {
+    "lora": {}, "nf4": NF4, "classes": CLASSES, "int8": INT8, "prompt": PROMPT, "olora": OLORA, "pissa": PISSA,
+}  # fmt: skip
 RESUMED_AT = 4
+PLANNED_OVER_GLOO = 0.07
 
 
 def _fields(folder, name, processes, **options):
@@ -113,6 +122,10 @@ def runs(tmp_path_factory):
     listed.append(_fields(folder, "dropout", 2, **DROPOUT))
     half = {"resume": True, "goes_on_from": str(folder / "dropout/checkpoints/checkpoint-4")}
     listed.append(_fields(folder, "dropout-resumed", 2, **DROPOUT, **half))
+    listed += [{"own_loop": str(folder / f"loop-{number}"), "shard_adapters": bool(number)} for number in (0, 1)]
+    many_runs.own_loop(folder / "loop-of-one")
+    step = {"method": "lora", "options": {"r": 8, "batch_size": 2, "seq_len": 64, "gradient_checkpointing": True}}
+    listed.append(step | {"peak": str(folder / "peak.json")})
     (folder / "runs.json").write_text(json.dumps(listed), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / "tests/training/many_runs.py"), str(folder / "runs.json")]
@@ -156,18 +169,27 @@ def test_two_processes_train_what_one_does(runs, name):
     held = base.pop("process_bytes", base["bytes"])
     assert base == _record(runs / reference)["base"]
     if "distributed" in options:
-        scales = base["bytes"] // 8 if "quantization" in options else 0  # whole in each process
-        assert base["bytes"] / 2 <= held <= base["bytes"] / 2 + scales + BUFFERS
+        whole = (
+            base["bytes"] // 8 if "quantization" in options or reference == "prompt" else 0
+        )  # scales, or the embeddings
+        assert base["bytes"] / 2 <= held <= base["bytes"] / 2 + whole + BUFFERS
     else:
         assert held == base["bytes"]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_folder_of_two_processes_is_that_of_one(runs, name):
-    """The same files; a checkpoint has each process's random state beside them."""
+    """The same files; a checkpoint has each process's random state beside them, and of a sharded base its state in parts."""
+    parts = {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
     def files(folder):
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        in_parts = {path.parent for path in found if path.parent.name == STATE_FOLDER}
+        assert all({path.name for path in found if path.parent == state} <= parts for state in in_parts)
+        optimizers = {str(state.parent / "optimizer.pt") for state in in_parts}
+        assert not optimizers & {str(path) for path in found}
+        assert (not in_parts) == (folder.name == RUNS[name][0] or "distributed" not in RUNS[name][1])
+        return {str(path) for path in found if path.parent not in in_parts} | optimizers
 
     own = {file for file in files(runs / name) if "rng_state_" not in file}
     expected = files(runs / RUNS[name][0])
@@ -234,6 +256,40 @@ def test_each_process_draws_its_own_dropout():
         Processes(rank, 3, rank).own_random_numbers(5)
         seeds.append(torch.initial_seed())
     assert seeds == [5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["loop-0", "loop-1"], ids=["adapters-whole", "adapters-sharded"])
+def test_a_loop_of_your_own_over_a_sharded_base(runs, name):
+    """Each process gives its rows to train_step, and all get the numbers of one; the state in parts is that of one, too."""
+    expected = json.loads((runs / "loop-of-one.json").read_text(encoding="utf-8"))
+    got = json.loads((runs / f"{name}.json").read_text(encoding="utf-8"))
+    assert len(got) == len(expected) == 3
+    for step, other in zip(got, expected, strict=True):
+        assert step == pytest.approx(other, rel=METRICS_REPEATED)
+    model, trainer = many_runs.loop_of_your_own(runs / "loop-of-one")
+    trainer._begin_own_loop()
+    found = []
+    for folder in (runs / name, runs / "loop-of-one"):
+        load_state(folder, model, trainer.optimizer)
+        tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        for number, state in trainer.optimizer.state_dict()["state"].items():
+            tensors |= {f"{number}.{key}": value.clone() for key, value in state.items()}
+        found.append(tensors)
+    assert set(found[0]) == set(found[1])
+    assert {tuple(tensor.shape) for tensor in found[1].values()} >= {
+        (3, 32),
+        (1, 32),
+    }  # unequal shards, and an empty one
+    for name, tensor in found[1].items():
+        assert_close(name, found[0][name], tensor, ADAM_ON_ROUNDED_GRADIENTS)
+
+
+def test_a_plan_of_two_processes_is_what_one_of_them_takes(runs):
+    """Its share of the weights exactly; with what a step allocates, within a few percent: gloo makes copies of its own."""
+    found = json.loads((runs / "peak.json").read_text(encoding="utf-8"))
+    parts, held = found["planned"], found["held"]
+    assert parts["base weights"] + parts["adapter weights"] == pytest.approx(held, rel=1e-3)
+    assert sum(parts.values()) == pytest.approx(held + found["allocated"], rel=PLANNED_OVER_GLOO)
 
 
 # -- fastpeft train --nproc ---------------------------------------------------------------------------------------------
@@ -319,24 +375,16 @@ def test_only_rank_0_of_torchruns_processes_prints(runs, capsys, monkeypatch):
         assert bool(capsys.readouterr().out) == prints
 
 
-@pytest.mark.parametrize(
-    ("config", "sharded", "reason"),
-    [
-        (PromptTuningConfig(num_virtual_tokens=2), False, "PROMPT_TUNING reads the input's embeddings"),
-        (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), True, "shard_adapters: ADALORA"),
-        (LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]), False, "starts from changed base weights"),
-    ],
-    ids=["prompts", "AdaLoRA", "OLoRA"],
-)
-def test_what_fsdp_cannot_shard_is_refused(config, sharded, reason):
-    model = get_peft_model(small_llama(), config)
-    with pytest.raises(NotImplementedError, match=reason):
-        check_shardable(model, adapters=sharded)
-
-
-def test_fsdp_refuses_int8():
-    model = get_peft_model(quantize(small_llama(), "int8"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(NotImplementedError, match=r"is in int8, .*use --quantization nf4, or --distributed ddp"):
+def test_what_fsdp_cannot_shard_is_refused():
+    adalora = get_peft_model(small_llama(), AdaLoraConfig(total_step=9, target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="shard_adapters: ADALORA"):
+        check_shardable(adalora, adapters=True)
+    check_shardable(adalora, adapters=False)
+    olora = LoraConfig(init_lora_weights="olora", target_modules=["q_proj"])
+    model = get_peft_model(small_llama(), olora)
+    check_shardable(model, adapters=True)
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="q_proj has an adapter that starts from changed base weights"):
         check_shardable(model, adapters=False)
 
 
@@ -347,47 +395,3 @@ def test_what_cannot_be_is_refused(runs, tmp_path):
     for wrong in ({"distributed": "zero"}, {"shard_adapters": True}, {"nproc": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             TrainConfig(model="m", data="d", output_dir="o", **wrong)
-
-
-# -- the rows of a process ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("rows", [0, 1, 7, 40, 41, 43, 48])
-def test_processes_share_the_rows_of_one(rows, count):
-    """Together, batch by batch, the rows of one process with a batch as large as all; equally many, blanks only at the end."""
-    order, size = GroupedByLength([row % 7 for row in range(rows)], 4 * count, seed=1), 4
-    shares = [list(RankRows(order, size, rank, count)) for rank in range(count)]
-    assert {len(share) for share in shares} == {len(RankRows(order, size, 0, count))}
-    whole = list(order)
-    for number, start in enumerate(range(0, rows, size * count)):
-        together = [row for share in shares for row in share[number * size : (number + 1) * size]]
-        blanks = together.count(rows)
-        assert [row for row in together if row != rows] == whole[start : start + size * count]
-        assert blanks < count
-        assert not blanks or start + size * count > rows
-
-
-def test_a_process_follows_the_epoch_of_the_order():
-    order = GroupedByLength(list(range(20)), 4, seed=1)
-    rows = RankRows(order, 2, 1, 2)
-    first = list(rows)
-    rows.set_epoch(1)
-    assert list(rows) != first
-
-
-def test_a_blank_row_has_no_loss():
-    tokens = WithBlankRow([{"input_ids": [5, 6], "labels": [5, 6]}])
-    assert len(tokens) == 1
-    assert tokens[1] == {"input_ids": [5, 6], "labels": [-100, -100]}
-    assert WithBlankRow([{"labels": 2}])[1] == {"labels": -100}
-    assert WithBlankRow([{"labels": 2}], blank=False)[1] == {"labels": 2}
-
-
-def test_one_process_needs_no_group():
-    rows = Dataset.from_dict({"x": [3.0, 4.0]})
-    alone = Processes.of_environment()
-    assert alone == Processes(0, 1, 0)
-    assert list(RankRows(SequentialSampler(rows), 2, 0, 1)) == [0, 1]
-    values = alone.over_rows(lambda given: torch.tensor(given["x"][:]).numpy()[:, None], rows)
-    assert_bits_equal("rows", torch.from_numpy(values), torch.tensor([[3.0], [4.0]]))

@@ -1,11 +1,13 @@
 """Where losses are logged, and what run.json holds of a run's cost."""
 
+import importlib
 import json
+import sys
 
 import pytest
 
 from fastpeft import finetune
-from fastpeft.training import RunRecord, TrainConfig, tracking
+from fastpeft.training import RunRecord, TrainConfig, Trainer, tracking
 from fastpeft.training.tracking import PACKAGES, trackers
 from tests.training import tiny
 
@@ -43,6 +45,64 @@ def test_wrong_names():
     ):
         with pytest.raises(ValueError, match=said):
             TrainConfig(model="m", data="d", output_dir="o", report_to=wrong)
+
+
+STAND_IN = """
+from unittest.mock import MagicMock
+
+run, config, logged, ends = None, MagicMock(), [], []
+
+def init(**_):
+    global run
+    run = MagicMock()
+    logged.append([])
+
+def log(values, **_):
+    logged[-1].append(values)
+
+def finish(exit_code=None):
+    global run
+    run = None
+    ends.append(exit_code)
+"""
+
+
+def test_every_run_of_a_process_has_a_run_of_its_own_at_wandb(tmp_path, monkeypatch):
+    """transformers leaves W&B's open: the losses of a study's second run went to the first one's. The caller's stays open."""
+    inner = tmp_path / "wandb/sdk/lib"
+    inner.mkdir(parents=True)
+    (tmp_path / "wandb/__init__.py").write_text(STAND_IN, encoding="utf-8")
+    (inner / "config_util.py").write_text("class ConfigError(Exception): ...", encoding="utf-8")
+    _forget_wandb()
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny.bert(tmp_path / "bert", layers=1)
+    data = {"train": tiny.reviews(8), "test": tiny.reviews(4, seed=1)}
+
+    def train(number, **options):
+        output = tmp_path / f"out{number}"
+        finetune(tmp_path / "bert", data, "lora", output, max_steps=1, report_to=["wandb"], **FAST, **options)
+
+    try:
+        wandb = importlib.import_module("wandb")
+        train(1)
+        train(2)
+        assert [any("loss" in key for values in run for key in values) for run in wandb.logged] == [True, True]
+        assert wandb.ends == [0, 0]
+        monkeypatch.setattr(Trainer, "train", lambda *_, **__: wandb.init() or int("no number"))
+        with pytest.raises(ValueError, match="no number"):
+            train(3)
+        assert wandb.ends == [0, 0, 1]
+        wandb.init()
+        with pytest.raises(ValueError, match="no number"):
+            train(4)
+        assert wandb.ends == [0, 0, 1]
+    finally:
+        _forget_wandb()
+
+
+def _forget_wandb():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
 
 
 def test_a_run_knows_its_data_and_its_throughput(tmp_path):
