@@ -85,7 +85,8 @@ def test_sft_trainer(first, untouched, tmp_path):
         ledger = fastpeft.accelerate(trainer.model)
     assert_close("losses", train(trainer), expected, OTHER_ORDER_OF_SUMS)
     layers = [module for module in trainer.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    assert layers and all(isinstance(layer, FastLora) for layer in layers)
+    assert len(layers) == 21
+    assert all(isinstance(layer, FastLora) for layer in layers)
     assert not ledger.fallbacks
     summary = ledger.summary()
     assert f"{len(layers)} of {len(layers)} replaced" in summary
