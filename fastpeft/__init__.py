@@ -68,6 +68,7 @@ _EXPORTS = {
     "create_loraplus_optimizer": "fastpeft.training.loraplus",
     "dequantize": "fastpeft.integrations.dequantize",
     "finetune": "fastpeft.training.finetune",
+    "geglu": "fastpeft.ops.glu",
     "get_layer_status": "fastpeft.model.status",
     "get_model_status": "fastpeft.model.status",
     "get_peft_config": "fastpeft.methods.by_name",
@@ -75,7 +76,10 @@ _EXPORTS = {
     "get_peft_model_state_dict": "fastpeft.model.plain",
     "initialize_lora_eva_weights": "fastpeft.model.eva",
     "inject_adapter_in_model": "fastpeft.model.plain",
+    "layer_norm": "fastpeft.ops.norm",
+    "linear_cross_entropy": "fastpeft.ops.cross_entropy",
     "load_peft_weights": "fastpeft.model.plain",
+    "lora_glu_mlp": "fastpeft.ops.lora_mlp",
     "lora_linear": "fastpeft.ops.lora",
     "plan": "fastpeft.training.plan",
     "prepare_for_training": "fastpeft.model",
@@ -85,8 +89,10 @@ _EXPORTS = {
     "replace_lora_weights_loftq": "fastpeft.integrations.loftq",
     "rescale_adapter_scale": "fastpeft.tuner.scaling",
     "restore": "fastpeft.integrations.acceleration",
+    "rms_norm": "fastpeft.ops.norm",
     "set_peft_model_state_dict": "fastpeft.model.plain",
     "study": "fastpeft.training.studies.conduct",
+    "swiglu": "fastpeft.ops.glu",
 }
 
 __all__ = [
@@ -149,6 +155,7 @@ __all__ = [
     "create_loraplus_optimizer",
     "dequantize",
     "finetune",
+    "geglu",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -156,7 +163,10 @@ __all__ = [
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "layer_norm",
+    "linear_cross_entropy",
     "load_peft_weights",
+    "lora_glu_mlp",
     "lora_linear",
     "plan",
     "prepare_for_training",
@@ -166,8 +176,10 @@ __all__ = [
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "restore",
+    "rms_norm",
     "set_peft_model_state_dict",
     "study",
+    "swiglu",
 ]
 
 if TYPE_CHECKING:
@@ -235,7 +247,11 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from fastpeft.ops.attention import RelativeBias, attention
+    from fastpeft.ops.cross_entropy import linear_cross_entropy
+    from fastpeft.ops.glu import geglu, swiglu
     from fastpeft.ops.lora import lora_linear
+    from fastpeft.ops.lora_mlp import lora_glu_mlp
+    from fastpeft.ops.norm import layer_norm, rms_norm
     from fastpeft.ops.rope import apply_rope
     from fastpeft.ops.rope_tables import RopeScaling
     from fastpeft.training.finetune import finetune

@@ -320,3 +320,25 @@ def test_accumulated_gradients_are_normalised_by_tokens(tmp_path):
         assert_close(f"loss {case}", torch.tensor(other_loss), torch.tensor(loss), OTHER_ORDER_OF_SUMS)
         for name, update in other.items():
             assert_close(f"{name} {case}", update, updates[name], GRADIENTS_THROUGH_A_MODEL)
+
+
+def test_compiled_with_adapters_it_is_one_graph():
+    """Half of the labels are ignored: a compiled loss of Liger's once divided by all of them (Liger-Kernel #1338)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        tiny_models.small_llama(), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    untouched = step(model, **batch())
+    fastpeft.accelerate(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_equal_steps(step(compiled, **batch()), _compiled_names(untouched))
+    assert_equal_steps(step(compiled, **batch()), _compiled_names(step(model, **batch())))
+    output = compiled(**batch())
+    assert isinstance(dict.get(output, "logits"), DeferredLogits)
+    assert_close("logits", output.logits, model(**batch()).logits, GRADIENTS_THROUGH_A_MODEL)
+    output = compiled(**batch())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1)
+    with pytest.raises(RuntimeError, match="before the head's weight changes"):
+        _ = output.logits

@@ -33,7 +33,9 @@ class DeferredLogits:
 
     def _weight_version(self) -> int:
         weight = getattr(self.head, "weight", None)
-        return 0 if weight is None or weight.is_inference() else weight._version
+        if weight is None or (not torch.compiler.is_compiling() and weight.is_inference()):
+            return 0
+        return weight._version
 
     def float(self) -> "DeferredLogits":
         other = copy.copy(self)

@@ -6,6 +6,7 @@ what is asked of it in a call, it runs the module's own forward and says why to 
 
 import contextlib
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -22,9 +23,19 @@ LEDGER = "_fastpeft_acceleration"
 class Slot:
     """A replaced module's line in the ledger. fallbacks: how often it ran its own forward, by reason."""
 
-    def __init__(self, path: str, part: str, kind: str):
+    def __init__(self, path: str, part: str, kind: str, module: nn.Module):
         self.path, self.part, self.kind = path, part, kind
         self.fallbacks: Counter[str] = Counter()
+        self._module = weakref.ref(module)
+
+    def covered_by(self) -> str | None:
+        """Where the code is from that has since put another forward on the module; None where ours is what is called."""
+        module = self._module()
+        forward = None if module is None else module.__dict__.get("forward")
+        if forward is None:
+            return None
+        function = getattr(forward, "__func__", forward)
+        return getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
 
 
 class Kept(NamedTuple):
@@ -85,6 +96,7 @@ class Acceleration:
     """The ledger of one accelerated model, which `fastpeft.accelerate` returns.
 
     slots: replaced modules; kept: those that stayed, with the reason; notes: what else was set, one line each
+    look_again: called before a summary, to find what was added to the model since
     """
 
     def __init__(self, model: nn.Module):
@@ -94,6 +106,7 @@ class Acceleration:
         self.notes: list[str] = []
         self._float32_products = ""
         self._undo: list[Callable[[], None]] = []
+        self.look_again: Callable[[], None] = _nothing
 
     # -- for the parts ------------------------------------------------------------------------------------------------
 
@@ -109,7 +122,7 @@ class Acceleration:
             self.keep(path, module, part, "its forward was replaced on the instance by other code")
             return False
         own = type(module)
-        slot = Slot(path, part, kind)
+        slot = Slot(path, part, kind, module)
         module.__class__ = _subclass(replacement, own)
         module.__dict__.update(settings)
         module.__dict__[SLOT] = slot
@@ -167,6 +180,7 @@ class Acceleration:
 
     def summary(self) -> str:
         """What was replaced, what was not and why, and which calls fell back so far."""
+        self.look_again()
         lines = []
         replaced = Counter((slot.part, slot.kind) for slot in self.slots)
         kept = Counter((item.part, item.kind, item.why) for item in self.kept)
@@ -180,6 +194,12 @@ class Acceleration:
                 for (of, its, why), count in sorted(kept.items())
                 if (of, its) == (part, kind)
             ]
+        covered = Counter((slot.part, slot.kind, slot.covered_by()) for slot in self.slots)
+        lines += [
+            f"{part:10} {count} {kind}: {by} has put another forward on it since; ours acts only where that one calls it"
+            for (part, kind, by), count in sorted(covered.items(), key=str)
+            if by is not None
+        ]
         lines = lines or ["nothing in this model is replaced"]
         lines += self.notes
         if self.float32_products():
@@ -200,6 +220,7 @@ class Acceleration:
 
     def restore(self) -> None:
         """Give every module its own class back and undo what else was set; the last change first."""
+        self.look_again = _nothing
         while self._undo:
             self._undo.pop()()
         self.model.__dict__.pop(LEDGER, None)

@@ -95,9 +95,8 @@ def _replacement(own: type, decoder: str, softcap_name: str | None, impl: str) -
     return type("FastCausalLM", (Accelerated,), {"forward": forward, "__module__": __name__})
 
 
-@torch.compiler.disable
 def _output(output_class, others, loss, hidden, head, softcap, outputs):
-    """The model's output; a compiled step breaks its graph here, since a graph would have to compute the logits."""
+    """The model's output; a compiled step gives back what the logits would be computed of."""
     rest = {name: getattr(outputs, name, None) for name in others}
     return output_class(loss=loss, logits=DeferredLogits(hidden, head, softcap), **rest)
 

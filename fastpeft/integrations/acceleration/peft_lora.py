@@ -8,7 +8,8 @@ y. Here nothing of these is kept, and q, k, v and gate, up that read one x are o
 Numerics: adapters wider than x are rounded to x's dtype for the products, which is bfloat16's own noise; exact=True takes these
     in float32, as PEFT does without autocast. An int8 base in training is multiplied as its dequantised values, without
     bitsandbytes' rounding of x to int8 on a GPU; in eval mode it stays bitsandbytes'.
-Two ways in: `accelerate(model)` for layers that exist, and `accelerate_new_layers(peft_config)` for those that PEFT will make.
+Two ways in: `accelerate(model)` for layers that exist or that PEFT adds to the model later, and
+    `accelerate_new_layers(peft_config)` for those of a model that is not accelerated.
 """
 
 import sys
@@ -175,24 +176,61 @@ def replace_lora(walk: "Walk") -> None:
     own = [module for module in walk.model.modules() if isinstance(module, LoRALinear)]
     if own:
         ledger.note(f"{PART:10} {len(own)} linears are fastpeft's own layers: they run these ops already")
+    linked = [(module, module.followers) for module in own]
+    ledger.undo_by(lambda: [setattr(module, "followers", followers) for module, followers in linked])
+    _replace_new(walk)
+    newcomers = Newcomers(walk)
+    ledger.look_again = newcomers.look
+    ledger.undo_by(walk.core.base_model.register_forward_pre_hook(newcomers).remove)
+
+
+def _replace_new(walk: "Walk") -> None:
+    """Replace those of PEFT's layers in the model that the ledger does not know yet."""
     if "peft" not in sys.modules:  # no layer can be PEFT's
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    replaced = 0
+    ledger, replaced = walk.ledger, 0
+    known = {item.path for item in ledger.kept if item.part == PART}
     for path, module in walk.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, Accelerated) and path not in known:
             why = _unfit(module)
             if why is None:
                 replaced += replace_layer(ledger, path, module, walk.impl, walk.exact)
             else:
                 ledger.keep(path, module, PART, why)
-    if not replaced:
-        return
-    linked = [(module, module.followers) for module in own]
-    groups = link_siblings(walk.model)
-    ledger.note(f"{PART:10} {groups} groups of linears with one input (q, k, v; gate, up) run as one op each")
-    ledger.undo_by(lambda: [setattr(module, "followers", followers) for module, followers in linked])
+    if replaced:
+        groups = link_siblings(walk.model)
+        ledger.note(f"{PART:10} {groups} groups of linears with one input (q, k, v; gate, up) run as one op each")
+
+
+class Newcomers:
+    """Replaces the layers that PEFT adds to a model that is accelerated already, as SFTTrainer(model, peft_config=...) does.
+
+    A pre-hook of the decoder, which every way to call the model passes. PEFT keeps its configs by adapter on the model that it
+    goes into: as long as these are the same there is nothing to look for.
+    """
+
+    def __init__(self, walk: "Walk | None"):
+        self.walk = walk
+        self.seen = None if walk is None else self._configs()
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self.walk is not None and not torch.compiler.is_compiling():
+            self.look()
+
+    def look(self) -> None:
+        configs = self._configs()
+        if configs != self.seen:
+            self.seen = configs
+            _replace_new(self.walk)
+
+    def _configs(self) -> list[tuple[str, int]]:
+        configs = self.walk.core.__dict__.get("peft_config") or {}
+        return [(name, id(config)) for name, config in configs.items()]
+
+    def __reduce__(self):
+        return Newcomers, (None,)  # a copy of the model is not accelerated
 
 
 # -- at creation --------------------------------------------------------------------------------------------------------
