@@ -1,6 +1,6 @@
 """The engine over HTTP. Every answer but /metrics is JSON; an error is {"error": "where: expected, got"}.
 
-    POST /generate   {"adapter", "prompt" or "messages", "max_new_tokens", "temperature", "top_p", "seed"}
+    POST /generate   {"adapter", "prompt" or "messages", "max_new_tokens", "temperature", "top_p", "seed", "return_tokens"}
     POST /classify   {"adapter", "text", "text_pair"}
     GET  /adapters   what is served; GET /health; GET /metrics (Prometheus)
 
@@ -52,7 +52,10 @@ class ChatMessage(BaseModel):
 
 
 class GenerateBody(_Body):
-    """What /generate takes; temperature 0 is greedy, and a seed repeats a text. max_new_tokens: 64, or fewer by the limit."""
+    """What /generate takes; temperature 0 is greedy, and a seed repeats a text. max_new_tokens: 64, or fewer by the limit.
+
+    return_tokens: the answer has the ids of its tokens too, which its text alone does not always give back
+    """
 
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
@@ -60,6 +63,7 @@ class GenerateBody(_Body):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    return_tokens: bool = False
 
 
 class ClassifyBody(_Body):
@@ -104,7 +108,7 @@ def make_app(engine: Engine, *, max_body: int = 1 << 20) -> ASGIApp:
             usual = min(Sampling.max_new_tokens, engine.limits.max_new_tokens)
             most = usual if body.max_new_tokens is None else body.max_new_tokens
             sampling = Sampling(max_new_tokens=most, temperature=body.temperature, top_p=body.top_p, seed=seed)
-            return engine.generation(body.adapter, prompt, sampling)
+            return engine.generation(body.adapter, prompt, sampling, return_tokens=body.return_tokens)
 
         return await _answer(engine, request, prepare)
 

@@ -68,10 +68,11 @@ class Served:
 
 @dataclass(eq=False, kw_only=True)
 class Request(Job):
-    """A job with its tokens: features for a class, or ids and how to go on from them."""
+    """A job with its tokens: features for a class, or ids and how to go on from them. return_tokens: answer with ids too."""
 
     features: dict[str, list[int]]
     sampling: Sampling | None = None
+    return_tokens: bool = False
 
     @property
     def length(self) -> int:
@@ -163,7 +164,9 @@ class Engine:
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
-    def generation(self, adapter: str, prompt: str | Sequence[dict[str, str]], sampling: Sampling) -> Request:
+    def generation(
+        self, adapter: str, prompt: str | Sequence[dict[str, str]], sampling: Sampling, *, return_tokens: bool = False
+    ) -> Request:
         """A request for text after a prompt, or after chat messages.
 
         Raises:  UnknownAdapter; ValueError for a prompt without tokens or too long, and a length over the limit
@@ -180,7 +183,7 @@ class Engine:
         with self._tokenizing:
             ids = encode_prompts([prompt], self.tokenizer, served.text_format)[0]
         self._check_length("prompt", len(ids), served, sampling.max_new_tokens)
-        return Request(adapter=adapter, features={"input_ids": ids}, sampling=sampling)
+        return Request(adapter=adapter, features={"input_ids": ids}, sampling=sampling, return_tokens=return_tokens)
 
     def classification(self, adapter: str, text: str, pair: str | None = None) -> Request:
         """A request for the class of a text or pair. Raises as `generation` does."""
@@ -271,7 +274,8 @@ class Engine:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             counts = {"prompt_tokens": requests[row].length, "generated_tokens": len(tokens)}
             drawn = {"seed": rows[row].seed} if rows[row].temperature else {}
-            requests[row].answer({"text": text, "finish_reason": reason, **counts, **drawn})
+            ids = {"tokens": tokens} if requests[row].return_tokens else {}
+            requests[row].answer({"text": text, "finish_reason": reason, **counts, **drawn, **ids})
 
         lengths = [row.max_new_tokens for row in rows]
         ends = RowEnds(lengths, self.end_ids, lambda row: requests[row].abandoned, finished)

@@ -81,8 +81,8 @@ def roc_chart(curves: Sequence[tuple[str, str, dict]], *, title: str) -> str:
     return _figure(title, body, height, series)
 
 
-def unit_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> str:
-    """Curves whose abscissa and ordinate are shares, 0..1; "" without points."""
+def unit_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, diagonal: bool = False) -> str:
+    """Curves whose abscissa and ordinate are shares, 0..1, over a dotted diagonal if it says something; "" without points."""
     drawn = [Series(s.name, _finite(s.points), s.colour, s.faint, s.marked) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
@@ -91,6 +91,7 @@ def unit_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     frame = _Frame((0.0, 1.0), (0.0, 1.0), height)
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     body = [frame.grid(ticks, ticks, lambda v: f"{v:g}", x_label, y_label=y_label)]
+    body += [f'<path class="chance" d="{frame.path([(0.0, 0.0), (1.0, 1.0)])}"/>'] if diagonal else []
     body += [_curve(frame, s) for s in drawn]
     return _figure(title, body, height, drawn)
 
@@ -134,7 +135,7 @@ class Measured:
 
 
 def scatter_chart(points: Sequence[Measured], *, title: str, x_label: str, x_format: Callable[[float], str]) -> str:
-    """Points with intervals over a logarithmic abscissa of powers of ten; "" without a finite one."""
+    """Points with intervals over a logarithmic abscissa, with 2 and 5 between few powers of ten; "" without a finite one."""
     points = [p for p in points if p.x > 0 and all(map(math.isfinite, (p.x, p.y)))]
     if not points:
         return ""
@@ -144,7 +145,10 @@ def scatter_chart(points: Sequence[Measured], *, title: str, x_label: str, x_for
     ends = [v for p in points for v in (p.low, p.y, p.high) if math.isfinite(v)]
     y_ticks = _ticks(min(ends), max(ends), 5)
     frame = _Frame(x_range, (y_ticks[0], y_ticks[-1]), height)
-    x_ticks = [float(power) for power in range(x_range[0], x_range[1] + 1)]
+    powers = range(x_range[0], x_range[1] + 1)
+    between = (1, 2, 5) if len(powers) <= 3 else (1,)
+    x_ticks = [power + math.log10(digit) for power in powers for digit in between]
+    x_ticks = [tick for tick in x_ticks if tick <= x_range[1]]
     body = [frame.grid(x_ticks, y_ticks, _number, x_label, x_format=lambda v: x_format(10.0**v))]
     for p, log in zip(points, logs):
         x = frame.x(log)

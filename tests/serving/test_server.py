@@ -114,6 +114,8 @@ def test_seeds_repeat_a_text_whatever_else_is_in_the_batch(served):
         thread.join()
     assert answers[7] == alone
     assert alone["seed"] == 7
+    assert "tokens" not in alone
+    assert len(ask(client, seed=7, return_tokens=True, **drawn).json()["tokens"]) == alone["generated_tokens"]
     assert len({answer["text"] for answer in answers.values()}) > 1
 
 

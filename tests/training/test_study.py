@@ -110,6 +110,7 @@ def test_the_page_is_whole_and_holds_what_was_found(done):
         "Training loss",
         "Peak memory",
         "Confusion matrices",
+        'class="chance"',
     ):
         assert text in page, text
     assert page.count("<svg") >= 10

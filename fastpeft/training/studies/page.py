@@ -242,7 +242,9 @@ def _curves(found: Comparison, shown: Sequence[VariantResult]) -> str:
                 curve = kind(rows)
                 if curve is not None:
                     series.append(Series(f"{variant.label}, {name} {curve.area:.3f}", curve.points, _colour(index)))
-        charts.append(unit_chart(roc, title="ROC", x_label="false positive rate", y_label="true positive rate"))
+        charts.append(
+            unit_chart(roc, title="ROC", x_label="false positive rate", y_label="true positive rate", diagonal=True)
+        )
         charts.append(unit_chart(recall, title="Precision and recall", x_label="recall", y_label="precision"))
     drawn = "".join(charts)
     note = '<p class="note">Means over the seeds, of the eight best variants at most.</p>'
