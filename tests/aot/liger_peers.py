@@ -41,6 +41,7 @@ ROWS = BATCH * TOKENS
 CHUNK = 256  # rows of logits at a time: what Liger's fused loss takes at this shape
 DEFAULT_WARPS, DEFAULT_STAGES = 4, {"sm": 3, "gf": 2}  # of Triton's backends, where a launcher names none
 PREFIX = "liger-"
+SCHEDULERS = 4  # of an SM, and of a compute unit
 
 
 def version() -> str:
@@ -242,8 +243,8 @@ counts of code, not times.
 
 Shapes of Llama-3-8B in bfloat16: {ROWS} rows of {HIDDEN}, an MLP of {MLP}, {HEADS} and {KV_HEADS} heads of
 {HEAD_DIM} columns over {BATCH} x {TOKENS} tokens, {CHUNK} rows of {WORDS} logits. Block and warps are what each one's
-launcher chooses. {PEER} writes gradients over its inputs and rotates in place, in bfloat16; ours write fresh tensors and
-compute in float32.
+launcher chooses. {PEER} writes gradients over its inputs, rotates in place and multiplies partly in bfloat16; ours write
+fresh tensors and compute in float32.
 
 instructions: of the whole kernel. Lane-instructions / element: of one turn of the main loop over the elements that it makes,
 or of the whole kernel where the source has no loop; empty where the compiler cut that loop into others.
@@ -257,7 +258,9 @@ def _row(arch: str, name: str, kernel: str, report: dict, prefix: str = "") -> l
     warps = metrics.threads // (64 if arch == "gfx942" else 32)
     loops = name.startswith(("rms_norm-grad", "cross_entropy")) or (name == "rope" and not prefix)
     counted = metrics.loop_instructions if loops else metrics.instructions
-    is_whole_turn = metrics.moved >= metrics.elements * BF16.itemsize
+    # What bytes and cycles were counted of is that loop, and it moves all of its elements.
+    is_costed = round(metrics.cycles["issue"] * SCHEDULERS / warps) == counted
+    is_whole_turn = is_costed and metrics.moved >= metrics.elements * BF16.itemsize
     return [
         arch,
         name,
