@@ -2,16 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop, share_of_wide
+from tests.aot.metrics import Dot, Metrics, costly, instructions_of, loop_fma_of, main_loop, share_of_wide
 
 KIB = 1024
 TRANSCENDENTAL_COST = 4  # vector instructions that one of these takes as long as
 LDS_BYTES_PER_CYCLE = 128  # per compute unit
 TRANSCENDENTAL = ("v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_sin_", "v_cos_")
 GLOBAL_LOADS = ("global_load", "buffer_load", "flat_load")
+GLOBAL_STORES = ("global_store", "buffer_store", "flat_store")
 MATRIX = ("v_mfma_", "v_wmma_")
 ATOMICS = ("global_atomic", "buffer_atomic", "flat_atomic")
 # Multiply-adds per clock and SIMD over those of float16 (CDNA 3 white paper, table 1).
@@ -28,11 +29,12 @@ class ComputeUnit:
     lds: int  # bytes
     half_fma: int  # float16 multiply-adds per clock
     vector_cycles: int  # of one wave's vector instruction
+    dram: float  # bytes per clock for one unit: bandwidth over units and clock
 
 
 COMPUTE_UNITS = {
-    "gfx942": ComputeUnit(64, 4, 8, 512, 8, 64 * KIB, 1024, 4),
-    "gfx1100": ComputeUnit(32, 2, 16, 1536, 24, 64 * KIB, 256, 1),
+    "gfx942": ComputeUnit(64, 4, 8, 512, 8, 64 * KIB, 1024, 4, 8.3),  # MI300X: 5300 GB/s, 304 units, 2.1 GHz
+    "gfx1100": ComputeUnit(32, 2, 16, 1536, 24, 64 * KIB, 256, 1, 4.0),  # RX 7900 XTX: 960, 96, 2.5
 }
 
 
@@ -44,10 +46,12 @@ class Instruction:
     target: int | None
 
 
-def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | None) -> Metrics:
-    """Metrics of a kernel compiled for an AMD target; dots: its source's products; tile_fma: see `loop_fma_of`."""
+def measure(kernel, code, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | None) -> Metrics:
+    """Metrics of a kernel compiled for an AMD target.
+
+    code: of `disassemble`; dots: its source's products; tile_fma: see `loop_fma_of`.
+    """
     unit, text = COMPUTE_UNITS[arch], kernel.asm["amdgcn"]
-    code = disassemble(text)
     registers, shared = _directive(text, "vgpr_count"), kernel.metadata.shared
     allocated = max(unit.granule, -(-registers // unit.granule) * unit.granule)
     waves_by_registers = min(unit.waves, unit.registers // allocated)
@@ -59,6 +63,7 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
     source_fma = loop_fma_of(dots, tile_fma)
     loop, loops = main_loop(code, lambda body: _fma_per_wave(body) * num_warps, _load_bytes, source_fma)
     loop_fma = _fma_per_wave(loop) * num_warps
+    costed = costly(loop, code, loop_fma, _load_bytes)
     return Metrics(
         arch=arch,
         registers=registers,
@@ -76,15 +81,21 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
         source_fma=source_fma,
         tensor_ops=instructions_of(code, lambda x: x.op[2:6] if x.op.startswith(MATRIX) else None),
         expected_tensor_ops=_expected_tensor_ops(arch, dots),
-        vec128=share_of_wide(_width(x.op) for x in loop if x.op.startswith(GLOBAL_LOADS)),
+        vec128=share_of_wide(_width(x.op) for x in costed if x.op.startswith(GLOBAL_LOADS)),
         atomics=sorted({x.op for x in code if x.op.startswith(ATOMICS)}),
         threads=num_warps * unit.wave,
-        cycles=_cycles(loop, unit, num_warps),
+        cycles=_cycles(costed, unit, num_warps),
+        moved=_moved_bytes(costed) * num_warps * unit.wave,
+        dram=unit.dram,
     )
 
 
-def disassemble(text: str) -> list[Instruction]:
-    """The instructions of an assembly listing, in order."""
+def disassemble(kernels: Sequence) -> list[list[Instruction]]:
+    """Of each kernel its instructions in order."""
+    return [_instructions(kernel.asm["amdgcn"]) for kernel in kernels]
+
+
+def _instructions(text: str) -> list[Instruction]:
     labels, rows = {}, []
     for line in text.split(".amdhsa_kernel")[0].splitlines():
         line = line.split(";")[0].rstrip()
@@ -137,6 +148,11 @@ def _width(op: str) -> int:
 
 def _load_bytes(body: Iterable[Instruction]) -> int:
     return sum(_width(x.op) for x in body if x.op.startswith(GLOBAL_LOADS))
+
+
+def _moved_bytes(body: Iterable[Instruction]) -> int:
+    """Bytes per lane that are loaded and stored."""
+    return sum(_width(x.op) for x in body if x.op.startswith((*GLOBAL_LOADS, *GLOBAL_STORES)))
 
 
 def _cycles(loop: list[Instruction], unit: ComputeUnit, num_warps: int) -> dict[str, float]:

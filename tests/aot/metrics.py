@@ -50,6 +50,8 @@ class Metrics:
     atomics: list[str]  # on global memory
     threads: int  # per block
     cycles: dict[str, float] = field(default_factory=dict)  # per pipe and loop turn
+    moved: int = 0  # bytes that the threads of a block load and store in one loop turn
+    dram: float = 1.0  # bytes per clock for one processor
     stages: int = 1  # of the loop's pipeline
     elements: int | None = None  # of the streamed tensor that one loop turn of one block consumes
     stage_bytes: int | None = None  # of that tensor in one stage
@@ -67,6 +69,18 @@ class Metrics:
         if not self.loop_fma or not self.source_fma:
             return None
         return self.loop_fma / self.source_fma
+
+    @property
+    def bound(self) -> str:
+        """What limits the main loop: "tensor", "memory", or "issue", with the pipe in brackets where one is busier than that.
+
+        Memory counts where nothing is read twice, in loops without products. A product's operands come from L2 again and again,
+        how often depends on the grid: there it is the busiest pipe.
+        """
+        busiest = max(self.cycles, key=self.cycles.get)
+        if not self.loop_fma and self.moved / self.dram >= self.cycles[busiest]:
+            return "memory"
+        return busiest if busiest in ("tensor", "issue") else f"issue ({busiest})"
 
     @property
     def instructions_per_element(self) -> float | None:
@@ -129,6 +143,11 @@ def main_loop(
         return work > 0 and work == source_fma, work, 0 if work else load_bytes(body), -len(body)
 
     return max(bodies, key=rank), len(bodies)
+
+
+def costly(loop: list, code: Sequence, fma: float, load_bytes: Callable[[Sequence], int]) -> Sequence:
+    """The main loop, or the whole code where that loop neither multiplies nor loads: AMD's compiler branches around stores."""
+    return loop if fma or load_bytes(loop) else code
 
 
 def instructions_of(code: Sequence, kind: Callable[..., str | None]) -> dict[str, int]:

@@ -1,21 +1,25 @@
 """NVIDIA machine code of a compiled kernel: registers, spills, occupancy, and what one turn of its main loop costs.
 
-Read from the disassembly (nvdisasm, cuobjdump: both come with Triton), so exact for this compiler. The cycles are a
+Read from the disassembly (nvdisasm, cuobjdump: both come with Triton), so exact for this compiler. nvdisasm takes a quarter
+of a second to start, as long as compiling a small kernel, so it reads the code of many kernels as one raw image. The cycles are a
 static bound per pipe and loop turn, without latencies, caches and DRAM: good for ordering versions of one kernel and for
 seeing which pipe limits it, not for a rate.
 """
 
+import bisect
+import contextlib
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 
-from tests.aot.metrics import Dot, Metrics, instructions_of, loop_fma_of, main_loop, share_of_wide
+from tests.aot.metrics import Dot, Metrics, costly, instructions_of, loop_fma_of, main_loop, share_of_wide
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -37,15 +41,16 @@ class Processor:
     blocks: int
     half_fma: int  # dense float16 multiply-adds per clock, tensor cores
     fp32_cycles: float  # cycles of one warp's float32 instruction on its sub-core
+    dram: float  # bytes per clock for one SM: bandwidth over SMs and boost clock
 
 
 PROCESSORS = {
-    "sm_80": Processor(164 * KIB, 163 * KIB, 2048, 32, 1024, 2),
-    "sm_86": Processor(100 * KIB, 99 * KIB, 1536, 16, 512, 1),
-    "sm_89": Processor(100 * KIB, 99 * KIB, 1536, 24, 512, 1),
-    "sm_90": Processor(228 * KIB, 227 * KIB, 2048, 32, 2048, 1),
-    "sm_100": Processor(228 * KIB, 227 * KIB, 2048, 32, 4096, 1),
-    "sm_120": Processor(100 * KIB, 99 * KIB, 1536, 24, 512, 1),
+    "sm_80": Processor(164 * KIB, 163 * KIB, 2048, 32, 1024, 2, 13.4),  # A100 80 GB: 2039 GB/s, 108 SMs, 1.41 GHz
+    "sm_86": Processor(100 * KIB, 99 * KIB, 1536, 16, 512, 1, 6.6),  # RTX 3090: 936, 82, 1.70
+    "sm_89": Processor(100 * KIB, 99 * KIB, 1536, 24, 512, 1, 3.1),  # RTX 4090: 1008, 128, 2.52
+    "sm_90": Processor(228 * KIB, 227 * KIB, 2048, 32, 2048, 1, 12.8),  # H100 SXM: 3350, 132, 1.98
+    "sm_100": Processor(228 * KIB, 227 * KIB, 2048, 32, 4096, 1, 27.5),  # B200: 8000, 148, 1.97
+    "sm_120": Processor(100 * KIB, 99 * KIB, 1536, 24, 512, 1, 4.4),  # RTX 5090: 1792, 170, 2.41
 }
 
 # Cycles of one warp's instruction on its pipe (arithmetic throughput table of the same guide).
@@ -73,10 +78,13 @@ class Instruction:
         return self.op.split(".", 1)[0]
 
 
-def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | None) -> Metrics:
-    """Metrics of a kernel compiled for an NVIDIA target; dots: its source's products; tile_fma: see `loop_fma_of`."""
+def measure(kernel, listing, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | None) -> Metrics:
+    """Metrics of a kernel compiled for an NVIDIA target.
+
+    listing: of `disassemble`; dots: its source's products; tile_fma: see `loop_fma_of`.
+    """
     processor = PROCESSORS[arch]
-    code, resources = disassemble(kernel.asm["cubin"])
+    code, resources = listing
     threads_line = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", kernel.asm["ptx"])
     threads = int(threads_line[1]) if threads_line else num_warps * WARP
     warps = threads // WARP
@@ -94,6 +102,7 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
     loop, loops = main_loop(code, lambda body: _fma_per_warp(body) * warps, _load_bytes, source_fma)
     hidden_shapes = any(x.op.startswith("UTC") for x in loop)  # tcgen05: the shape is in a descriptor
     loop_fma = source_fma if hidden_shapes else _fma_per_warp(loop) * warps
+    costed = costly(loop, code, loop_fma, _load_bytes)
     return Metrics(
         arch=arch,
         registers=resources["REG"],
@@ -111,28 +120,68 @@ def measure(kernel, arch: str, num_warps: int, dots: list[Dot], tile_fma: int | 
         source_fma=source_fma,
         tensor_ops=instructions_of(code, _tensor_kind),
         expected_tensor_ops=_expected_tensor_ops(arch, dots),
-        vec128=share_of_wide(_load_width(x) for x in loop),
+        vec128=share_of_wide(_load_width(x) for x in costed),
         atomics=sorted({x.op for x in code if x.name in ATOMICS}),
         threads=threads,
-        cycles=_cycles(loop, processor, warps, loop_fma),
+        cycles=_cycles(costed, processor, warps, loop_fma),
+        moved=_moved_bytes(costed) * threads,
+        dram=processor.dram,
     )
 
 
-def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions in order, and cuobjdump's resource usage (REG, STACK, SHARED, LOCAL)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = _run("nvdisasm", "-c", "-ndf", file.name)
-        usage = _run("cuobjdump", "-res-usage", file.name)
-    labels, rows = {}, []
+def disassemble(kernels: Sequence) -> list[tuple[list[Instruction], dict[str, int]]]:
+    """Of each kernel, all of one target: its instructions in order, and cuobjdump's resource usage (REG, STACK, ...)."""
+    images = [_machine_code(kernel.asm["cubin"]) for kernel in kernels]
+    listings: list[list[tuple[int, str, str]]] = [[] for _ in kernels]  # address, op, operands
+    starts = [sum(map(len, images[:index])) for index in range(len(images))]
+    for address, op, operands in _rows(b"".join(images), kernels[0].asm["ptx"]) if kernels else ():
+        index = bisect.bisect_right(starts, address) - 1
+        listings[index].append((address, op, operands))
+    return [(_linked(rows), _resources(kernel.asm["cubin"])) for rows, kernel in zip(listings, kernels, strict=True)]
+
+
+def _rows(image: bytes, ptx: str) -> Iterable[tuple[int, str, str]]:
+    """(address, op, operands) of the instructions of raw machine code."""
+    architecture = re.search(r"^\.target sm_(\w+)", ptx, re.MULTILINE)[1]  # with its "a"
+    with _written(image) as path:
+        text = _run("nvdisasm", "-b", f"SM{architecture}", path)
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x?_?\w+):", line):
-            labels[label[1]] = len(rows)
-        elif row := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
-            rows.append((row[1], re.search(r"`\((\.L_\w+)\)", row[2])))
-    code = [Instruction(op, labels.get(label[1]) if label and op.startswith("BRA") else None) for op, label in rows]
-    return code, {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        if row := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
+            yield int(row[1], 16), row[2], row[3].strip()
+
+
+def _linked(rows: list[tuple[int, str, str]]) -> list[Instruction]:
+    """Instructions with the indices that their branches go to."""
+    index = {address: i for i, (address, _, _) in enumerate(rows)}
+    code = []
+    for _, op, operands in rows:
+        to = re.search(r"0x([0-9a-f]+)$", operands) if op.startswith("BRA") else None
+        code.append(Instruction(op, index.get(int(to[1], 16)) if to else None))
+    return code
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with _written(cubin) as path:
+        usage = _run("cuobjdump", "-res-usage", path)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The contents of an ELF file's code sections (ELF-64, little endian)."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    heads = [struct.unpack_from("<IIQQQQ", cubin, table + index * size) for index in range(count)]
+    strings = heads[names][4]  # of a head: name, type, flags, address, offset, size
+    code = [head for head in heads if cubin.startswith(b".text.", strings + head[0])]
+    return b"".join(cubin[head[4] : head[4] + head[5]] for head in code)
+
+
+@contextlib.contextmanager
+def _written(data: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        yield file.name
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -195,6 +244,11 @@ def _load_width(x: Instruction) -> int:
 
 def _load_bytes(body: Iterable[Instruction]) -> int:
     return sum(_load_width(x) for x in body)
+
+
+def _moved_bytes(body: Iterable[Instruction]) -> int:
+    """Bytes per thread that are loaded and stored."""
+    return sum(_width(x.op) for x in body if x.name in ("LDG", "LDGSTS", "STG"))
 
 
 def _cycles(loop: list[Instruction], processor: Processor, warps: int, fma: float) -> dict[str, float]:

@@ -5,8 +5,7 @@ The gates that all targets share are in the cases' own limits (kernels/aot_nf4.p
 
 import pytest
 
-from fastpeft.kernels import aot_nf4
-from tests.aot import compile as aot
+from tests.aot.cached import reports_of
 from tests.aot.gates import absolute_failures
 from tests.aot.metrics import Metrics
 
@@ -27,19 +26,13 @@ GOALS = {
 }
 
 
-def aot_cases(arch: str) -> list:
-    """The cases that have a goal; read in the subprocess that compiles them."""
-    return [case for case in aot_nf4.aot_cases(arch) if case.name in GOALS]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_compiled_kernels_reach_their_goals(arch):
-    cases = aot.measure_in_subprocess(arch, ["tests.aot.test_nf4"])["cases"]
-    assert set(cases) == set(GOALS)
+    (report,) = reports_of([arch], ["fastpeft.kernels.aot_nf4"], 1).values()
     failures = [
         f"{arch} {name}: {failure}"
-        for name, case in cases.items()
-        for failure in absolute_failures(Metrics(**case["metrics"]), GOALS[name])
+        for name, goal in GOALS.items()
+        for failure in absolute_failures(Metrics(**report["cases"][name]["metrics"]), goal)
     ]
     assert not failures, "\n" + "\n".join(failures)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.aot import compile as aot
 from tests.aot import peers
+from tests.aot.cached import reports_of
 from tests.aot.metrics import Metrics
 from tests.tolerance import STATIC_SHARE_SLACK
 
@@ -12,8 +12,8 @@ from tests.tolerance import STATIC_SHARE_SLACK
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_the_low_rank_part_costs_nothing_in_the_loop(arch):
     """No more spills than a plain product over the same tile, and no smaller share of the loop for the tensor cores."""
-    cases = aot.measure_in_subprocess(arch, ["tests.aot.peers"])["cases"]
-    metrics = {name: Metrics(**case["metrics"]) for name, case in cases.items()}
+    (report,) = reports_of([arch], ["tests.aot.peers"], 1).values()
+    metrics = {name: Metrics(**case["metrics"]) for name, case in report["cases"].items()}
     plain = [measured for name, measured in metrics.items() if name.startswith("tutorial")]
     ours = {name: measured for name, measured in metrics.items() if not name.startswith("tutorial")}
     assert plain
