@@ -23,6 +23,7 @@ from fastpeft import LoraConfig, PeftModel, get_peft_config, get_peft_model
 from fastpeft.training import TrainConfig, Trainer, train
 from fastpeft.training.live_memory import LiveMemory
 from fastpeft.training.plan import make_plan, plan_config
+from fastpeft.training.plan_sharded import Groups
 from fastpeft.training.planned_step import build, run_steps
 from fastpeft.training.processes import Processes
 from fastpeft.training.sharded_state import save_state
@@ -84,6 +85,7 @@ def peak(file: Path, method: str, options: dict) -> None:
     config = plan_config(llama, method, sharded | options)
     planned = make_plan(config, llama)
     model = build(config, llama)
+    layer = Groups.of(model).base_layer
     shard_base(model, torch.device("cpu"), adapters=config.shard_adapters)
     run_steps(model, config, batch_size=config.batch_size, seq_len=config.seq_len)  # caches are filled
     gc.collect()
@@ -92,7 +94,11 @@ def peak(file: Path, method: str, options: dict) -> None:
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    found = {"planned": planned.parts, "held": sum(tensor.nbytes for tensor in [*held, *model.buffers()])}
+    found = {
+        "planned": planned.parts,
+        "layer": layer,
+        "held": sum(tensor.nbytes for tensor in [*held, *model.buffers()]),
+    }
     if processes.is_main:
         file.write_text(json.dumps(found | {"allocated": max(itertools.accumulate(changes))}), encoding="utf-8")
 

@@ -71,7 +71,7 @@ REFERENCES = {
     "lora": {}, "nf4": NF4, "classes": CLASSES, "int8": INT8, "prompt": PROMPT, "olora": OLORA, "pissa": PISSA,
 }  # fmt: skip
 RESUMED_AT = 4
-PLANNED_OVER_GLOO = 0.07
+AGREEMENT = 0.04
 
 
 def _fields(folder, name, processes, **options):
@@ -285,11 +285,12 @@ def test_a_loop_of_your_own_over_a_sharded_base(runs, name):
 
 
 def test_a_plan_of_two_processes_is_what_one_of_them_takes(runs):
-    """Its share of the weights exactly; with what a step allocates, within a few percent: gloo makes copies of its own."""
+    """Its share of the weights exactly; with what a step allocates, up to one of the three layers less, which not every run holds."""
     found = json.loads((runs / "peak.json").read_text(encoding="utf-8"))
     parts, held = found["planned"], found["held"]
     assert parts["base weights"] + parts["adapter weights"] == pytest.approx(held, rel=1e-3)
-    assert sum(parts.values()) == pytest.approx(held + found["allocated"], rel=PLANNED_OVER_GLOO)
+    planned, taken = sum(parts.values()), held + found["allocated"]
+    assert (planned - found["layer"]) * (1 - AGREEMENT) <= taken <= planned * (1 + AGREEMENT)
 
 
 # -- fastpeft train --nproc ---------------------------------------------------------------------------------------------
