@@ -3,12 +3,14 @@
 python -m benchmarks run [--quick] [--op OP ...] [--case TEXT ...] [--provider NAME ...] [--json FILE]
 python -m benchmarks compare BEFORE AFTER [-- options of run]     two results files, or two commits
 python -m benchmarks report FILE [--output FOLDER]                Markdown, SVG and PNG
+python -m benchmarks end-to-end [--quick] [--json FILE]           training beside PEFT, 512 to 8192 tokens
 python -m benchmarks static [--check]                             what the compiler makes of the kernels; no GPU needed
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | compare | report | static")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | compare | report | end-to-end | static"
+    )
     _run_options(commands.add_parser("run", help="measure, print tables"))
     two = commands.add_parser("compare", help="two results files, or two commits")
     two.add_argument("before")
     two.add_argument("after")
+    two.add_argument(
+        "--within",
+        type=compare.percent,
+        metavar="10%",
+        help="two runs of the same code: 1 if any ratio at M >= 256 changed by more",
+    )
     two.add_argument("options", nargs="*", help="after --: options of run, for commits")
     one = commands.add_parser("report", help="Markdown and plots of a results file")
     one.add_argument("file", type=Path)
     one.add_argument("--output", type=Path, help="folder; that of the file, named after it, by default")
     one.add_argument("--readme", action="store_true", help="print README's table instead")
+    from benchmarks import end_to_end
     from benchmarks.static import add_options, static
 
     add_options(commands.add_parser("static", help="what the compiler makes of the kernels"))
+    end_to_end.add_options(commands.add_parser("end-to-end", help="training beside PEFT, over sequence lengths"))
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
@@ -52,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compared(options)
         if options.command == "report":
             return reported(options)
+        if options.command == "end-to-end":
+            return end_to_end.run(options)
         return static(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,7 +105,10 @@ def run(options: argparse.Namespace) -> int:
         "left_out": [],
     }
     print(report.origin(record), flush=True)
-    for op, case in cases:
+    begun = time.monotonic()
+    for number, (op, case) in enumerate(cases, 1):
+        minutes = (time.monotonic() - begun) / 60
+        print(f"-- {number} of {len(cases)}: {op.name}/{case}, {minutes:.1f} min", file=sys.stderr, flush=True)
         if roofline.floor(case) > SLOWEST:
             record["left_out"].append(f"{op.name}/{case}")
             continue
@@ -123,6 +140,10 @@ def compared(options: argparse.Namespace) -> int:
         before, after = (compare.run_commit(one, options.options or ["--quick"]) for one in given)
     text, slower = compare.report(before, after)
     print(text)
+    if options.within is not None:
+        text, beyond = compare.repeated(before, after, options.within)
+        print(f"\n{text}")
+        return 1 if beyond else 0
     return 1 if slower else 0
 
 
