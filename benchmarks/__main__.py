@@ -23,9 +23,9 @@ from benchmarks.ops import ops
 from benchmarks.roofline import measured
 from benchmarks.running import run_case
 
-SECONDS = {True: 1.0, False: 4.0}
-SLOWEST = 0.5
-"""A case whose floor is above this many seconds here is left out, and named."""
+SECONDS = {True: 1.0, False: 2.0}
+SLOWEST = {True: 0.5, False: 0.125}
+"""A case whose floor is above this many seconds here, with --all or without, is left out, and named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,10 +76,13 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     known = ops()
     providers = sorted({name for op in known.values() for name in op.providers})
     parser.add_argument("--quick", action="store_true", help="few cases, under five minutes on two cores")
+    parser.add_argument(
+        "--all", action="store_true", help="cases that take minutes too, and slow providers for every case: an hour"
+    )
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="OP", help=", ".join(known))
     parser.add_argument("--provider", nargs="+", choices=providers, metavar="NAME", help=", ".join(providers))
     parser.add_argument("--case", nargs="+", metavar="TEXT", help="cases whose op/name holds one of these")
-    parser.add_argument("--seconds", type=float, help="per case and clock: 1 with --quick, else 4")
+    parser.add_argument("--seconds", type=float, help="per case and clock: 1 with --quick, else 2")
     parser.add_argument(
         "--wall", action="store_true", help="on a CPU also wall time with all threads (needs a quiet machine)"
     )
@@ -109,11 +112,19 @@ def run(options: argparse.Namespace) -> int:
     for number, (op, case) in enumerate(cases, 1):
         minutes = (time.monotonic() - begun) / 60
         print(f"-- {number} of {len(cases)}: {op.name}/{case}, {minutes:.1f} min", file=sys.stderr, flush=True)
-        if roofline.floor(case) > SLOWEST:
+        if roofline.floor(case) > SLOWEST[options.all] and case not in op.quick:
             record["left_out"].append(f"{op.name}/{case}")
             continue
+        slow = options.all or options.provider or case in op.quick
         row = run_case(
-            op, case, device, roofline, seconds=seconds, only=options.provider, quick=options.quick, wall=options.wall
+            op,
+            case,
+            device,
+            roofline,
+            seconds=seconds,
+            only=options.provider,
+            quick=options.quick or not slow,
+            wall=options.wall,
         )
         record["rows"].append(row)
         for name in row["providers"]:

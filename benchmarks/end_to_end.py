@@ -3,12 +3,13 @@
     python -m benchmarks end-to-end [--quick] [--only CASE ...] [--lengths S ...] [--steps N] [--json FILE]
     python -m benchmarks end-to-end --report benchmarks/results/end_to_end_cpu.json        plots beside it, README's table
 
-SmolLM2-135M's shape, bfloat16, LoRA of rank 16 on all seven linears: LoRA, QLoRA (NF4), DoRA; one row of S tokens a step, AdamW. Random
-weights and a few layers by default, so that 8192 tokens end; `--model FOLDER` trains pretrained weights, `--model demo` those
-of the demo. Text: the demo's reviews where they are there, else a Markov chain. Every provider starts from the same values and takes the same
-batches in turn; `held out` is the loss of tokens that none was trained on. Times: after a step that is not counted, process CPU time of
-one thread, then wall clock with two; medians, ratios of rounds; on a GPU wall clock around synchronised steps. Peaks are a child process's
-(VmHWM), which runs first: a provider that fails there is a row that says so. No ratio is shown where losses are apart.
+SmolLM2-135M's shape, bfloat16, LoRA of rank 16 on all seven linears: LoRA, QLoRA (NF4), DoRA; one row of S tokens a step, AdamW.
+Random weights and a few layers by default, so that 8192 tokens end; `--model FOLDER` trains pretrained weights, `--model demo`
+those of the demo. Text: the demo's reviews where they are there, else a Markov chain. Every provider starts from the same values
+and takes the same batches in turn; `held out` is the loss of tokens that none was trained on. Times: after a step that is not
+counted, process CPU time of one thread, then wall clock with two; medians, ratios of rounds; on a GPU wall clock around
+synchronised steps. Peaks are a child process's (VmHWM), which runs first: a provider that fails there is a row that says so. No
+ratio is shown where losses are apart.
 """
 
 import argparse
@@ -194,7 +195,7 @@ def measure(
             if one is None or "failed" in rows[name]:
                 continue
             one.ids = batches[step]
-            parts = _tried(rows[name], lambda one=one: one.timed(clock))
+            parts = _tried(rows[name], lambda one=one, clock=clock: one.timed(clock))
             if parts is not None:
                 losses[name].append(one.loss)
                 if step:
