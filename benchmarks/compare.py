@@ -65,7 +65,7 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, int]:
 def spread(before: dict[str, Any], after: dict[str, Any], rows: int = 256) -> list[tuple[float, str]]:
     """How far every provider's ratio over its baseline moved between two runs, in cases of `rows` rows or more.
 
-    (the larger ratio over the smaller - 1, op/case/provider), the largest first; a case says its rows as m, or batch x tokens, or size.
+    (the larger ratio over the smaller - 1, op/case/provider), largest first; rows of a case: m, batch x tokens, or size.
     """
     clock = clock_of(after)
     earlier = {(row["op"], row["case"]): row["providers"] for row in before["rows"]}

@@ -1,8 +1,8 @@
 """One way to take times, for every provider of a case.
 
-Providers run in turn, round after round, every second round backwards (ABBA), so that a drift within a round falls on all; who is first
-turns with the rounds. A ratio is the median of the rounds' own ratios, so that what slows a round slows both. Before each sample the
-caches are flushed by writing a buffer larger than them.
+Providers run in turn, round after round, every second round backwards (ABBA), so that a drift within a round falls on all; who is
+first turns with the rounds. A ratio is the median of the rounds' own ratios, so that what slows a round slows both. Before each
+sample the caches are flushed by writing a buffer larger than them.
 
 CPU   process CPU time with one thread; on request also wall time with all threads, which means something on a quiet machine only
 GPU   events; a step too short for its launches is captured as a CUDA graph where that can be done

@@ -1,5 +1,6 @@
 """What the end-to-end benchmark makes of its measurements; the measurements themselves are run by hand."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -89,7 +90,7 @@ def test_longer_rows_take_fewer_steps():
 def test_the_chain_has_few_successors_and_is_the_same_every_time():
     ids = markov(5000).tolist()
     followers = {}
-    for one, two in zip(ids, ids[1:]):
+    for one, two in itertools.pairwise(ids):
         followers.setdefault(one, set()).add(two)
     assert max(map(len, followers.values())) <= BRANCHES
     assert markov(5000).tolist() == ids
