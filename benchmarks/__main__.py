@@ -2,6 +2,7 @@
 
 python -m benchmarks run [--quick] [--op OP ...] [--case TEXT ...] [--provider NAME ...] [--json FILE]
 python -m benchmarks compare BEFORE AFTER [-- options of run]     two results files, or two commits
+python -m benchmarks compare ONE.json TWO.json --within 10%       do two runs of the same code give the same ratios?
 python -m benchmarks report FILE [--output FOLDER]                Markdown, SVG and PNG
 python -m benchmarks end-to-end [--quick] [--json FILE]           training beside PEFT, 512 to 8192 tokens
 python -m benchmarks static [--check]                             what the compiler makes of the kernels; no GPU needed
