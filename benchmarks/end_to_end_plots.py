@@ -27,7 +27,7 @@ def _panels(rows: list[dict[str, Any]]):
     cases = list(dict.fromkeys(row["case"] for row in rows))
     if not cases:
         return None, []
-    figure, axes = figure_of(len(cases), 4.4)
+    figure, axes = figure_of(len(cases), 4.4 if len(cases) > 1 else 6.4)
     for axis, case in zip(axes, cases):
         axis.set_title(case)
     return figure, [(axis, [row for row in rows if row["case"] == case]) for axis, case in zip(axes, cases)]
