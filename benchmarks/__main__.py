@@ -2,13 +2,16 @@
 
 python -m benchmarks run [--quick] [--op OP ...] [--case TEXT ...] [--provider NAME ...] [--json FILE]
 python -m benchmarks compare BEFORE AFTER [-- options of run]     two results files, or two commits
+python -m benchmarks compare ONE.json TWO.json --within 10%       do two runs of the same code give the same ratios?
 python -m benchmarks report FILE [--output FOLDER]                Markdown, SVG and PNG
+python -m benchmarks end-to-end [--quick] [--json FILE]           training beside PEFT, 512 to 8192 tokens
 python -m benchmarks static [--check]                             what the compiler makes of the kernels; no GPU needed
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,9 @@ from benchmarks.ops import ops
 from benchmarks.roofline import measured
 from benchmarks.running import run_case
 
-SECONDS = {True: 1.0, False: 4.0}
-SLOWEST = 0.5
-"""A case whose floor is above this many seconds here is left out, and named."""
+SECONDS = {True: 1.0, False: 2.0}
+SLOWEST = {True: 0.5, False: 0.125}
+"""A case whose floor is above this many seconds here, with --all or without, is left out, and named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,19 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | compare | report | static")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | compare | report | end-to-end | static"
+    )
     _run_options(commands.add_parser("run", help="measure, print tables"))
     two = commands.add_parser("compare", help="two results files, or two commits")
     two.add_argument("before")
     two.add_argument("after")
+    two.add_argument(
+        "--within",
+        type=compare.percent,
+        metavar="10%",
+        help="two runs of the same code: 1 if any ratio at M >= 256 changed by more",
+    )
     two.add_argument("options", nargs="*", help="after --: options of run, for commits")
     one = commands.add_parser("report", help="Markdown and plots of a results file")
     one.add_argument("file", type=Path)
     one.add_argument("--output", type=Path, help="folder; that of the file, named after it, by default")
     one.add_argument("--readme", action="store_true", help="print README's table instead")
+    from benchmarks import end_to_end
     from benchmarks.static import add_options, static
 
     add_options(commands.add_parser("static", help="what the compiler makes of the kernels"))
+    end_to_end.add_options(commands.add_parser("end-to-end", help="training beside PEFT, over sequence lengths"))
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
@@ -52,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compared(options)
         if options.command == "report":
             return reported(options)
+        if options.command == "end-to-end":
+            return end_to_end.run(options)
         return static(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,10 +77,13 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     known = ops()
     providers = sorted({name for op in known.values() for name in op.providers})
     parser.add_argument("--quick", action="store_true", help="few cases, under five minutes on two cores")
+    parser.add_argument(
+        "--all", action="store_true", help="cases that take minutes too, and slow providers for every case: an hour"
+    )
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="OP", help=", ".join(known))
     parser.add_argument("--provider", nargs="+", choices=providers, metavar="NAME", help=", ".join(providers))
     parser.add_argument("--case", nargs="+", metavar="TEXT", help="cases whose op/name holds one of these")
-    parser.add_argument("--seconds", type=float, help="per case and clock: 1 with --quick, else 4")
+    parser.add_argument("--seconds", type=float, help="per case and clock: 1 with --quick, else 2")
     parser.add_argument(
         "--wall", action="store_true", help="on a CPU also wall time with all threads (needs a quiet machine)"
     )
@@ -91,12 +109,23 @@ def run(options: argparse.Namespace) -> int:
         "left_out": [],
     }
     print(report.origin(record), flush=True)
-    for op, case in cases:
-        if roofline.floor(case) > SLOWEST:
+    begun = time.monotonic()
+    for number, (op, case) in enumerate(cases, 1):
+        minutes = (time.monotonic() - begun) / 60
+        print(f"-- {number} of {len(cases)}: {op.name}/{case}, {minutes:.1f} min", file=sys.stderr, flush=True)
+        if roofline.floor(case) > SLOWEST[options.all] and case not in op.quick:
             record["left_out"].append(f"{op.name}/{case}")
             continue
+        slow = options.all or options.provider or case in op.quick
         row = run_case(
-            op, case, device, roofline, seconds=seconds, only=options.provider, quick=options.quick, wall=options.wall
+            op,
+            case,
+            device,
+            roofline,
+            seconds=seconds,
+            only=options.provider,
+            quick=options.quick or not slow,
+            wall=options.wall,
         )
         record["rows"].append(row)
         for name in row["providers"]:
@@ -123,6 +152,10 @@ def compared(options: argparse.Namespace) -> int:
         before, after = (compare.run_commit(one, options.options or ["--quick"]) for one in given)
     text, slower = compare.report(before, after)
     print(text)
+    if options.within is not None:
+        text, beyond = compare.repeated(before, after, options.within)
+        print(f"\n{text}")
+        return 1 if beyond else 0
     return 1 if slower else 0
 
 

@@ -217,8 +217,8 @@ def _speedup(of_peft: list[dict[str, float]], of_this: list[dict[str, float]]) -
 # ---- peak memory, in a process of its own -----------------------------------------------------------------------------
 
 
-def peak_mb(name: str, case: Case, make: Callable[[], nn.Module], ids: torch.Tensor) -> float:
-    """Resident high-water mark of three steps, in 2^20 bytes; building is not part of it."""
+def peak_mb(name: str, case: Case, make: Callable[[], nn.Module], ids: torch.Tensor, steps: int = 3) -> float:
+    """Resident high-water mark of `steps` steps but the first, in 2^20 bytes; building is not part of it."""
     one = entrant(name, case, make, ids)
     one.timed(time.process_time)
     gc.collect()
@@ -228,7 +228,7 @@ def peak_mb(name: str, case: Case, make: Callable[[], nn.Module], ids: torch.Ten
         return torch.cuda.max_memory_allocated() / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    for _ in range(2):
+    for _ in range(steps - 1):
         one.timed(time.process_time)
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1024

@@ -70,7 +70,7 @@ class Op:
     floor: str = ""
     alike: Callable[[Any], Any] = lambda case: case
     slow: frozenset[str] = frozenset({"torch.compile"})
-    """Providers that --quick leaves out."""
+    """Providers that --quick leaves out, and that a run without --all takes for the quick cases only."""
 
     def of(self, names: Sequence[str] | None, quick: bool) -> Iterator[Any]:
         """The quick cases alone, or those and all others; only those whose op/name holds one of `names`."""

@@ -62,6 +62,50 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, int]:
     return f"{table}\n\n{len(found)} cases in both runs, {len(slower)} slower by {SLOWER - 1:.0%} or more", len(slower)
 
 
+def spread(before: dict[str, Any], after: dict[str, Any], rows: int = 256) -> list[tuple[float, str]]:
+    """How far every provider's ratio over its baseline moved between two runs, in cases of `rows` rows or more.
+
+    (the larger ratio over the smaller - 1, op/case/provider), largest first; rows of a case: m, batch x tokens, or size.
+    """
+    clock = clock_of(after)
+    earlier = {(row["op"], row["case"]): row["providers"] for row in before["rows"]}
+    found = []
+    for row in after["rows"]:
+        sizes = row["sizes"]
+        m = sizes.get("m") or sizes.get("batch", 1) * sizes.get("tokens", 0) or sizes.get("size", 0)
+        for name, one in row["providers"].items() if m >= rows else ():
+            old = earlier.get((row["op"], row["case"]), {}).get(name, {}).get(f"{clock}_speedup")
+            new = one.get(f"{clock}_speedup")
+            if old and new:
+                found.append((max(old, new) / min(old, new) - 1, f"{row['op']}/{row['case']}/{name}"))
+    return sorted(found, reverse=True)
+
+
+def repeated(before: dict[str, Any], after: dict[str, Any], within: float) -> tuple[str, int]:
+    """(what two runs of the same code differ in, number of ratios that differ by more than `within`).
+
+    Raises:  ValueError where no case of 256 rows or more is in both runs
+    """
+    found = spread(before, after)
+    if not found:
+        raise ValueError("compare --within: expected two runs with a case of 256 rows or more in both, got none")
+    beyond = [one for one in found if one[0] > within]
+    lines = [f"{change:7.1%}  {name}" for change, name in found[: max(5, len(beyond))]]
+    lines.append(f"{len(found)} ratios at M >= 256, {len(beyond)} changed by more than {within:.0%}")
+    return "\n".join(lines), len(beyond)
+
+
+def percent(text: str) -> float:
+    """ "10%" or "0.1" as 0.1.
+
+    Raises:  ValueError for anything else
+    """
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected a positive part such as 10%, got {text}")
+    return value
+
+
 def run_commit(revision: str, arguments: list[str]) -> dict[str, Any]:
     """Run the suite as it is at `revision`, in a work tree of its own, with this Python."""
     folder = Path(tempfile.mkdtemp())
@@ -69,9 +113,11 @@ def run_commit(revision: str, arguments: list[str]) -> dict[str, Any]:
     try:
         _git("worktree", "add", "--detach", str(folder / "tree"), revision)
         command = [sys.executable, "-m", "benchmarks", "run", "--json", str(result), *arguments]
+        print(f"compare: running the suite at {revision}", file=sys.stderr, flush=True)
         done = subprocess.run(command, cwd=folder / "tree", capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"compare: the suite failed at {revision}: {done.stderr.strip().splitlines()[-1:]}")
+            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ValueError(f"compare: the suite failed at {revision}: {said}")
         return read_run(result)
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(folder / "tree")], capture_output=True)

@@ -16,7 +16,6 @@ def draw(record: dict[str, Any], folder: Path, formats: Sequence[str] = ("svg", 
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "fastpeft"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, plot in (
@@ -27,13 +26,21 @@ def draw(record: dict[str, Any], folder: Path, formats: Sequence[str] = ("svg", 
         figure = plot(record)
         if figure is None:
             continue
-        figure.suptitle(_origin(record), fontsize=7, color="#525252", y=0.02, va="bottom")
-        for kind in formats:
-            path = folder / f"{name}.{kind}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            written.append(path)
-        _close(figure)
+        written += save(figure, record, folder, name, formats)
     return written
+
+
+def save(figure, record: dict[str, Any], folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    """Write the figure, which names the hardware, once per format."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "fastpeft"
+    figure.suptitle(_origin(record), fontsize=7, color="#525252", y=0.02, va="bottom")
+    paths = [folder / f"{name}.{kind}" for kind in formats]
+    for path in paths:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _close(figure)
+    return paths
 
 
 def _origin(record: dict[str, Any]) -> str:
@@ -42,7 +49,7 @@ def _origin(record: dict[str, Any]) -> str:
     return f"{named(machine)}{threads}, torch {machine['versions'].get('torch', '?')}, commit {machine['commit']}"
 
 
-def _figure(columns: int = 1, width: float = 5.6):
+def figure_of(columns: int = 1, width: float = 5.6):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, 4.2), layout="constrained")
@@ -76,7 +83,7 @@ def speed_over_rows(record: dict[str, Any]):
     shown = [key for key in panels if key[1] == "q"][:3]
     if not shown:
         return None
-    figure, axes = _figure(len(shown), 4.4)
+    figure, axes = figure_of(len(shown), 4.4)
     for axis, key in zip(axes, shown):
         for name in dict.fromkeys(name for row in panels[key] for name in _present(row, clock)):
             points = [
@@ -84,9 +91,9 @@ def speed_over_rows(record: dict[str, Any]):
                 for row in panels[key]
                 if name in _present(row, clock)
             ]
-            _line(axis, points, name)
+            line(axis, points, name)
         axis.set(xscale="log", yscale="log", xlabel="rows M", title=f"{key[0]}, {key[1]} projection, r = 16")
-        _ticks(axis, [row["sizes"]["m"] for row in panels[key]])
+        ticks(axis, [row["sizes"]["m"] for row in panels[key]])
     axes[0].set_ylabel("forward + backward, us per row")
     axes[-1].legend(fontsize=8, frameon=False)
     return figure
@@ -103,6 +110,8 @@ def memory_over_tokens(record: dict[str, Any]):
             and sizes["backward"]
             and not sizes["window"]
             and not sizes["softcap"]
+            and not sizes["bias"]
+            and (sizes["dtype"], sizes["heads"], sizes["kv_heads"]) == ("float32", 2, 2)
         ):
             for name, one in _present(row, clock).items():
                 tokens, heads = sizes["tokens"], sizes["batch"] * sizes["heads"]
@@ -110,17 +119,17 @@ def memory_over_tokens(record: dict[str, Any]):
     points = {name: its for name, its in points.items() if len(its) > 1}
     if not points:
         return None
-    figure, (axis,) = _figure()
+    figure, (axis,) = figure_of()
     for name, its in points.items():
-        _line(axis, its.items(), name)
+        line(axis, its.items(), name)
     axis.set(
         xscale="log",
         yscale="log",
         xlabel="tokens S",
         ylabel="peak of new tensors, MB per head",
-        title="Causal attention, forward + backward",
+        title="Causal attention, forward + backward, fp32",
     )
-    _ticks(axis, sorted({tokens for its in points.values() for tokens in its}))
+    ticks(axis, sorted({tokens for its in points.values() for tokens in its}))
     axis.legend(fontsize=8, frameon=False)
     return figure
 
@@ -130,7 +139,7 @@ def roofline(record: dict[str, Any]):
     import numpy as np
 
     clock, top = clock_of(record), record["roofline"]
-    figure, (axis,) = _figure(width=6.4)
+    figure, (axis,) = figure_of(width=6.4)
     intensities = [row["flops"] / row["bytes"] for row in record["rows"] if row["flops"]]
     if not intensities:
         return None
@@ -165,18 +174,19 @@ def roofline(record: dict[str, Any]):
     return figure
 
 
-def _line(axis, points, name: str) -> None:
+def line(axis, points, name: str, ls: str = "-", ms: float = 3.5) -> None:
     axis.plot(
         *zip(*sorted(points)),
         marker="o",
-        ms=3.5,
+        ms=ms,
+        ls=ls,
         lw=2 if name == "fastpeft" else 1.2,
         color=COLOURS.get(name),
         label=name,
     )
 
 
-def _ticks(axis, values) -> None:
+def ticks(axis, values) -> None:
     axis.set_xticks(values, [str(value) for value in values], fontsize=8)
     axis.minorticks_off()
     axis.grid(alpha=0.25)

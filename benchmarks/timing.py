@@ -1,7 +1,8 @@
 """One way to take times, for every provider of a case.
 
-Providers run in turn, round after round, and the order turns with the rounds; a ratio is the median of the rounds' own ratios, so
-that what slows a round slows both. Before each sample the caches are flushed by writing a buffer larger than them.
+Providers run in turn, round after round, every second round backwards (ABBA), so that a drift within a round falls on all; who is
+first turns with the rounds. A ratio is the median of the rounds' own ratios, so that what slows a round slows both. Before each
+sample the caches are flushed by writing a buffer larger than them.
 
 CPU   process CPU time with one thread; on request also wall time with all threads, which means something on a quiet machine only
 GPU   events; a step too short for its launches is captured as a CUDA graph where that can be done
@@ -16,6 +17,9 @@ import torch
 
 WARM_UP = 2
 LEAST_ROUNDS = 7
+LONG_STEP = 0.5
+"""Steps that take more than this many seconds in all are warmed up by one call and timed in LONG_ROUNDS rounds at least."""
+LONG_ROUNDS = 5
 SAMPLE_SECONDS = 2e-4
 """A sample repeats a shorter step until it takes about as long as this."""
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
@@ -45,19 +49,30 @@ def interleaved(
 ) -> dict[str, Times]:
     """Times of every step, over rounds that take about `seconds` in all. clock(step, n): seconds of n steps."""
     names = list(steps)
+    begun = time.monotonic()
     for step in steps.values():
-        for _ in range(WARM_UP):
+        step()
+    long = time.monotonic() - begun > LONG_STEP
+    for step in () if long else steps.values():
+        for _ in range(WARM_UP - 1):
             step()
+    least = LONG_ROUNDS if long else LEAST_ROUNDS
     repeats = {name: max(1, int(SAMPLE_SECONDS / max(clock(steps[name], 1), 1e-7))) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     end, number = time.monotonic() + seconds, 0
-    while number < LEAST_ROUNDS or time.monotonic() < end:
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+    while number < least or time.monotonic() < end:
+        for name in order(names, number):
             flush()
             samples[name].append(clock(steps[name], repeats[name]) / repeats[name])
         number += 1
     return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def order(names: list[str], number: int) -> list[str]:
+    """The turns of a round: another first every second round, and the same turns backwards in between."""
+    turn = number // 2 % len(names)
+    turned = names[turn:] + names[:turn]
+    return turned[::-1] if number % 2 else turned
 
 
 def cpu_clock(step: Step, count: int) -> float:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, report, tables
-from benchmarks.case import Absent, Op, Work
+from benchmarks import compare, plots, report, tables
+from benchmarks.case import Absent, Op, Work, described
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.ops import ops
 from benchmarks.roofline import Roofline
 from benchmarks.running import run_case
-from benchmarks.timing import Times, interleaved, ratio
+from benchmarks.timing import Times, interleaved, order, ratio
 
 CPU = torch.device("cpu")
 TOP = Roofline(1e10, {"float32": 1e11, "bfloat16": 2e11})
@@ -127,6 +127,12 @@ def test_rounds_are_interleaved_and_ratios_are_of_rounds():
         lambda: None,
     )
     assert {len(one.samples) for one in times.values()} == {7}
+    assert [order(["a", "b", "c"], number) for number in range(4)] == [
+        ["a", "b", "c"],
+        ["c", "b", "a"],
+        ["b", "c", "a"],
+        ["a", "c", "b"],
+    ]
     assert ratio(Times((2.0, 4.0, 6.0)), Times((1.0, 2.0, 30.0))) == 2.0
 
 
@@ -158,11 +164,45 @@ def test_compare_finds_what_became_slower_over_the_baseline(tmp_path, capsys):
     assert "without rows" in capsys.readouterr().err
 
 
+def test_two_runs_of_the_same_code_are_held_to_a_bound(tmp_path, capsys):
+    before = record_of(run(square_op()))
+    ours = before["rows"][0]["providers"]["fastpeft"]
+    ours["cpu_speedup"] = 2.0
+    after = json.loads(json.dumps(before))
+    after["rows"][0]["providers"]["fastpeft"]["cpu_speedup"] = 1.6
+    ((change, name),) = compare.spread(before, after)
+    assert change == pytest.approx(0.25)
+    assert name == "square/M512/fastpeft"
+    assert compare.spread(before, after, rows=513) == []
+    paths = [tmp_path / name for name in ("before.json", "after.json")]
+    for path, record in zip(paths, (before, after)):
+        path.write_text(json.dumps(record))
+    assert command.main(["compare", *map(str, paths), "--within", "10%"]) == 1
+    assert "1 ratios at M >= 256, 1 changed by more than 10%" in capsys.readouterr().out
+    assert command.main(["compare", *map(str, paths), "--within", "0.3"]) == 0
+
+
+def test_the_plot_of_memory_has_its_cases():
+    """The committed results once had no two lengths of one kind."""
+    op = ops()["attention"]
+    sizes = [described(case) for case in op.cases]
+    rows = [
+        {"op": "attention", "sizes": one, "providers": {"fastpeft": {"cpu_us": [1.0] * 3, "peak_bytes": 1 << 20}}}
+        for one in sizes
+    ]
+    pytest.importorskip("matplotlib")
+    figure = plots.memory_over_tokens({"machine": {}, "rows": rows})
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [512, 1024, 2048, 4096]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["run", "--op", "nope"], "lora"),
         (["run", "--provider", "nope"], "peft"),
+        (["end-to-end", "--only", "nope"], "qlora_nf4_bf16"),
+        (["compare", "a", "b", "--within", "-3%"], "within"),
         (["static", "--arch", "sm_1"], "sm_90"),
         (["nope"], "compare"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerate, methods, tables
+from benchmarks import accelerate, end_to_end, methods, tables
 from benchmarks.__main__ import shown_in_readme
 from benchmarks.machine import named
 from fastpeft.cli import COMMANDS, _parse
@@ -51,6 +51,13 @@ def test_the_table_of_a_training_step_is_that_of_its_results_file():
     """python -m benchmarks.accelerate --json FILE prints the one and writes the other."""
     record = record_of(accelerate.RESULTS)
     assert accelerate.table(record["rows"]) in README
+    assert named(record["machine"]) in README
+
+
+def test_the_table_of_fine_tuning_is_that_of_its_results_file():
+    """python -m benchmarks end-to-end --report FILE prints it."""
+    record = record_of(end_to_end.RESULTS)
+    assert end_to_end.readme_table(record) in README
     assert named(record["machine"]) in README
 
 

@@ -54,6 +54,9 @@ class AttentionCase:
         return DTYPE_BYTES[self.dtype] * (forward + (backward if self.backward else 0))
 
 
+LENGTHS = (512, 1024, 2048, 4096)
+"""Of one kind of case, for the plot of memory over the sequence length."""
+
 CASES = (
     *(
         AttentionCase(batch, tokens, kv_heads=kv_heads, dtype=dtype, causal=causal, backward=backward)
@@ -65,7 +68,7 @@ CASES = (
     AttentionCase(4, 256, 9, 3, dtype="bfloat16", causal=True),
     AttentionCase(4, 256, padded=True),
     AttentionCase(1, 1024, bias="fixed"),
-    AttentionCase(1, 4096, heads=2, kv_heads=2, causal=True),
+    *(AttentionCase(1, tokens, heads=2, kv_heads=2, causal=True) for tokens in LENGTHS),
     AttentionCase(1, 1024, bias="learnt"),
     AttentionCase(1, 1024, bias="learnt", dtype="bfloat16"),
     AttentionCase(4, 256, bias="learnt"),
