@@ -10,7 +10,8 @@ answer comes whole, so there is no time to a first token.
 
 An answer is of the right adapter where it is likelier under that adapter than under the other and under the base, each computed
 by itself, in float32, in this process. That does not ask for equal texts, which rounding alone can change where two tokens are
-nearly as likely. How many texts differ from those of the same requests one by one is counted beside it.
+nearly as likely. Told apart are requests whose answer alone is likeliest under its own adapter; only these are checked. How many
+texts differ from those of the same requests one by one is counted beside it.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from fastpeft import LoraConfig, PeftModel, get_peft_model
 RESULTS = "benchmarks/results/serving_cpu.json"
 PROMPTS = (
     "Describe what the function does: def add(a, b): return a + b",
-    "Write one sentence about the sea.",
+    "The sea was calm that morning, and",
     "List three colours, then three animals, and say for each animal which of the colours it has most often.",
     "Why is the sky blue?",
 )
 ADAPTERS = ("one", "two")
 NAMES = (*ADAPTERS, "__base__")
-SPREAD = 0.05
+SPREAD = 0.3
 """Standard deviation of the adapters' B: each says something of its own, and none repeats one token."""
 
 
@@ -125,12 +126,12 @@ async def load(url: str, requests: int, concurrency: int, new: int, judge: Judge
             return time.perf_counter() - began, answer.status_code, answer.json()
 
         alone = {one: await ask(*one) for one in dict.fromkeys(work)}
-        for (name, prompt), (_, code, answer) in alone.items():
-            if code != 200 or judge.margin(name, prompt, answer) <= 0:
-                raise ValueError(
-                    f"load: expected answers that tell the adapters apart, got {code} {answer} of {name!r} alone; "
-                    "take a larger --new"
-                )
+        telling = {one for one, (_, code, answer) in alone.items() if code == 200 and judge.margin(*one, answer) > 0}
+        mute = {name for name, _ in work} - {name for name, _ in telling}
+        if mute:
+            raise ValueError(
+                f"load: expected answers that tell the adapters apart, got none alone of {sorted(mute)}; take a larger --new"
+            )
         queue, found = list(reversed(list(enumerate(work)))), {}
 
         async def one_client() -> None:
@@ -144,14 +145,16 @@ async def load(url: str, requests: int, concurrency: int, new: int, judge: Judge
         wall = time.perf_counter() - began
         after = await batches(client)
     good = [index for index, (_, code, _) in found.items() if code == 200]
-    margins = [judge.margin(*work[index], found[index][2]) for index in good]
+    checked = [index for index in good if work[index] in telling]
+    margins = [judge.margin(*work[index], found[index][2]) for index in checked]
     tokens = sum(found[index][2]["generated_tokens"] for index in good)
     return {
         "requests": requests,
         "concurrency": concurrency,
         "errors": requests - len(good),
+        "checked": len(checked),
         "wrong_adapter": sum(
-            margin <= 0 or found[index][2]["adapter"] != work[index][0] for index, margin in zip(good, margins)
+            margin <= 0 or found[index][2]["adapter"] != work[index][0] for index, margin in zip(checked, margins)
         ),
         "smallest_margin": min(margins, default=math.nan),
         "other_text_than_alone": sum(found[index][2]["text"] != alone[work[index]][2]["text"] for index in good),
@@ -213,7 +216,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """For people, and for README."""
     names = {
         "max_batch": "--max-batch", "requests": "requests", "concurrency": "at once", "errors": "errors",
-        "wrong_adapter": "wrong adapter", "other_text_than_alone": "other text than alone", "alone_p50_s": "alone p50, s",
+        "checked": "told apart", "wrong_adapter": "of these wrong",
+        "other_text_than_alone": "other text than alone", "alone_p50_s": "alone p50, s",
         "p50_s": "p50, s", "p90_s": "p90, s", "p99_s": "p99, s", "tokens_per_s": "tokens/s",
     }  # fmt: skip
     lines = ["| " + " | ".join([*names.values(), "rows of a batch: batches"]) + " |", "|---" * (len(names) + 1) + "|"]

@@ -61,7 +61,7 @@ def test_a_load_finds_answers_of_the_wrong_adapter(served, monkeypatch):
     with listening(make_app(engine)) as url:
         found = asyncio.run(load(url, 12, 12, 6, judge))
     assert wrong > 0
-    assert (found["errors"], found["wrong_adapter"]) == (0, wrong)
+    assert (found["errors"], found["checked"], found["wrong_adapter"]) == (0, 12, wrong)
     assert found["smallest_margin"] < 0
 
 
