@@ -28,7 +28,7 @@ GATHERED, MESSAGES = "gathered weights", "messages"
 ALL_KINDS = (KINDS[0], GATHERED, *KINDS[1:], MESSAGES)
 """What a storage of a process is for, in the order of a table."""
 AT_ONCE = 3
-"""Layers whose weights a process holds at one time, in place or in a message's buffer. With gloo it was this many, or one less."""
+"""Layers whose weights a process holds at one time, in place or in a message's buffer; with gloo this many, or one less."""
 
 
 @dataclass(frozen=True)

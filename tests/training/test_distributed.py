@@ -285,7 +285,7 @@ def test_a_loop_of_your_own_over_a_sharded_base(runs, name):
 
 
 def test_a_plan_of_two_processes_is_what_one_of_them_takes(runs):
-    """Its share of the weights exactly; with what a step allocates, up to one of the three layers less, which not every run holds."""
+    """Its share of the weights exactly; with what a step allocates, up to a layer less: not every run holds three."""
     found = json.loads((runs / "peak.json").read_text(encoding="utf-8"))
     parts, held = found["planned"], found["held"]
     assert parts["base weights"] + parts["adapter weights"] == pytest.approx(held, rel=1e-3)
