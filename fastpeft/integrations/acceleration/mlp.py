@@ -16,6 +16,7 @@ from torch import nn
 
 from fastpeft.integrations.acceleration.activations import activation_of
 from fastpeft.integrations.acceleration.checkpointing import computed_again
+from fastpeft.integrations.acceleration.few_rows import few_rows
 from fastpeft.integrations.acceleration.ledger import Accelerated, own_class
 from fastpeft.integrations.acceleration.linears import call_of, options_of, undo_reading
 from fastpeft.layers.linear_adapter import is_untouched
@@ -98,6 +99,8 @@ class FastGatedMLP(Accelerated):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         plan = self._fastpeft_mlp
+        if few_rows(plan.impl, x):
+            return self.as_before(x, *args, **kwargs)
         why = _refused(self, plan, x, args, kwargs)
         if why is not None:
             return self.fall_back(why, x, *args, **kwargs)

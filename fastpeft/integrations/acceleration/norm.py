@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._mode_utils import no_dispatch
 
+from fastpeft.integrations.acceleration.few_rows import few_rows
 from fastpeft.integrations.acceleration.ledger import Accelerated, own_class
 from fastpeft.ops.norm import rms_norm
 from fastpeft.reference.norm import rms_norm as formula
@@ -54,6 +55,8 @@ class FastRMSNorm(Accelerated):
         raise NotImplementedError("FastRMSNorm: a rule of _DTYPES_OF_Y, see _replacement")
 
     def forward(self, x, *args, **kwargs):
+        if few_rows(self.impl, x):
+            return self.as_before(x, *args, **kwargs)
         if args or kwargs:
             return self.fall_back("called with more than x", x, *args, **kwargs)
         weight = self.weight

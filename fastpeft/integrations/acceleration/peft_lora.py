@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastpeft.integrations.acceleration.few_rows import few_rows
 from fastpeft.integrations.acceleration.ledger import LEDGER, Accelerated, Acceleration
 from fastpeft.integrations.acceleration.linears import undo_reading
 from fastpeft.layers.base_weight import (
@@ -53,6 +54,8 @@ class FastLora(LoRAProducts, Accelerated):
     added = ("impl", "exact", "followers", "_row_squares")
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if few_rows(self.impl, x) and not self.exact and self.base_layer.weight.is_floating_point():
+            return self.as_before(x, *args, **kwargs)
         why = _refused_arguments(args, kwargs) or _refused(self, x)
         if why is not None:
             return self.fall_back(why, x, *args, **kwargs)

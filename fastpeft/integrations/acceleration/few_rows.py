@@ -1,0 +1,25 @@
+"""Calls of a few rows on a CPU, decoding above all: there a module's own code is faster than ours, and is what runs.
+
+    x [..., K] of at most ROWS rows, impl="auto", not under torch.compile
+
+What our ops save grows with the rows; their checks in Python do not. A call that is left to the module for this reason alone is
+what the untouched model does, so the report does not count it.
+"""
+
+import torch
+
+from fastpeft.ops.tracing import traced
+
+ROWS = 16
+
+
+def few_rows(impl: str, x: torch.Tensor) -> bool:
+    """Whether this call is left to the module's own forward."""
+    return (
+        impl == "auto"
+        and x.device.type == "cpu"
+        and x.dim() > 0
+        and x.numel() <= ROWS * x.shape[-1]
+        and not torch.compiler.is_compiling()
+        and not traced(x)
+    )
