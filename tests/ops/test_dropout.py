@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastpeft.ops import dropout
 from fastpeft.ops.dropout import LEVELS, draw_seed, drop, keep_mask, threshold_of
 from tests.tolerance import assert_bits_equal, assert_keep_rate
 
@@ -85,3 +86,14 @@ def test_drop_keeps_or_zeroes_without_scaling():
     assert_bits_equal("kept", drop(x, 9, 20000)[kept], x[kept])
     assert bool((drop(x, 9, 20000)[~kept] == 0).all())
     assert drop(x, 9, 0) is x
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 33, 2**21])
+def test_parts_of_a_mask_are_the_mask(monkeypatch, chunk):
+    monkeypatch.setattr(dropout, "_CHUNK", chunk)
+    x = torch.randn(33, 7)
+    parts = [
+        (span.stop - span.start, keep.clone()) for span, keep in dropout.keep_chunks((33, 7), x, 5, threshold_of(0.3))
+    ]
+    assert [rows for rows, _ in parts] == {1: [4] * 8 + [1], 7 * 33: [32, 1], 2**21: [33]}[chunk]
+    assert torch.equal(torch.cat([keep for _, keep in parts]), keep_mask(seed=5, like=x, threshold=threshold_of(0.3)))
