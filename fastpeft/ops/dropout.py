@@ -70,8 +70,8 @@ def keep_chunks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """(slice of rows, keep of these rows, to be overwritten): `keep_mask` of [M, K] in `like`'s dtype, part after part.
 
-    Parts bound the memory. They are not to be small: a down projection of SmolLM2-135M (K = 1536, M = 1024, R = 16, bfloat16) takes
-    1.7 + 2.7 ms for all that dropout touches in parts of 2^21 elements, 2.3 + 3.6 ms in parts of 2^18 (one thread of a Zen 4).
+    Parts bound the memory. They are not to be small: of a down projection (K = 1536, M = 1024, R = 16, bfloat16) dropout takes
+    1.7 + 2.7 ms in parts of 2^21 elements, 2.3 + 3.6 ms in parts of 2^18 (one thread of a Zen 4).
     Other devices than the CPU draw all at once.
     """
     m, k = shape
