@@ -99,13 +99,18 @@ class FastGatedMLP(Accelerated):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         plan = self._fastpeft_mlp
-        if few_rows(plan.impl, x):
+        if few_rows(plan.impl, x) and _is_dense(self, plan.layout):
             return self.as_before(x, *args, **kwargs)
         why = _refused(self, plan, x, args, kwargs)
         if why is not None:
             return self.fall_back(why, x, *args, **kwargs)
         y = _in_one(self, plan, x)
         return _by_own_linears(self, plan, x) if y is None else y
+
+
+def _is_dense(mlp: nn.Module, names: Layout) -> bool:
+    weights = (getattr(getattr(mlp, name), "weight", None) for name in (names.gate, names.up, names.down) if name)
+    return all(isinstance(weight, torch.Tensor) and weight.is_floating_point() for weight in weights)
 
 
 def _refused(mlp: nn.Module, plan: Plan, x: torch.Tensor, args: tuple, kwargs: dict) -> str | None:
