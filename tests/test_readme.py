@@ -74,6 +74,14 @@ def test_the_table_of_methods_is_that_of_the_results_file():
     assert f"({record['machine']['isa']})" in README
 
 
+def test_the_table_of_serving_is_that_of_its_results_file():
+    """python -m benchmarks.serving --json FILE prints the one and writes the other."""
+    record = record_of(serving.RESULTS)
+    assert serving.table(record["rows"]) in README
+    assert named(record["machine"]) in README
+    assert all((row["errors"], row["wrong_adapter"]) == (0, 0) for row in record["rows"])
+
+
 def test_the_study_that_is_shown_is_one():
     (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert (ROOT / "examples/study.yaml").read_text(encoding="utf-8").partition("\n")[2] == text
