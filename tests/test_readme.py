@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerate, end_to_end, methods, tables
+from benchmarks import accelerate, end_to_end, methods, serving, tables
 from benchmarks.__main__ import shown_in_readme
 from benchmarks.machine import named
 from fastpeft.cli import COMMANDS, _parse
