@@ -78,7 +78,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     providers = sorted({name for op in known.values() for name in op.providers})
     parser.add_argument("--quick", action="store_true", help="few cases, under five minutes on two cores")
     parser.add_argument(
-        "--all", action="store_true", help="cases that take minutes too, and slow providers for every case: an hour"
+        "--all", action="store_true", help="cases that take minutes too, and slow providers for every case"
     )
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="OP", help=", ".join(known))
     parser.add_argument("--provider", nargs="+", choices=providers, metavar="NAME", help=", ".join(providers))

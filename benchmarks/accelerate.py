@@ -2,6 +2,7 @@
 
     python -m benchmarks.accelerate [--only CASE ...] [--model FOLDER] [--quick] [--json benchmarks/results/accelerate_cpu.json]
     python -m benchmarks.accelerate --curves
+    python -m benchmarks.accelerate --products [--only CASE ...]
     python -m benchmarks.accelerate --device cuda [--batch 1 --length 4096]
 
 SmolLM2-135M's shape with random weights, or the model of a folder; LoRA of rank 16 on all seven linears, AdamW, 4 x 256 tokens.
@@ -10,7 +11,8 @@ time of one thread, then wall clock with two. Bytes are those that autograd keep
 process's resident high-water mark during steps, after building (VmHWM, Linux). Every provider takes the same steps on the same
 batch from the same values; with dropout the masks differ. Accelerated models step inside `fast_matmul()`; in float32, PEFT is
 measured inside it, too. On a GPU times are wall clock around synchronised steps, and peaks the allocator's. `--curves` shows
-instead that results are the same: see benchmarks/curves.py.
+instead that results are the same: see benchmarks/curves.py. `--products` shows how much of the accelerated step is matrix
+products, which no code around them can save.
 """
 
 import argparse
@@ -214,6 +216,20 @@ def _speedup(of_peft: list[dict[str, float]], of_this: list[dict[str, float]]) -
     return ratio([sum(parts.values()) for parts in of_peft], [sum(parts.values()) for parts in of_this])
 
 
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"}
+
+
+def products_share(one: Entrant) -> float:
+    """Part of a step that is in matrix products on the CPU, by PyTorch's profiler; attention's fused ones are not among them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    one.timed(time.process_time)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        one.timed(time.process_time)
+    times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    return sum(its for name, its in times.items() if name in PRODUCTS) / sum(times.values())
+
+
 # ---- peak memory, in a process of its own -----------------------------------------------------------------------------
 
 
@@ -312,6 +328,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the rows, with the machine, to this file")
     parser.add_argument("--curves", action="store_true", help="the equality evidence instead of the table")
+    parser.add_argument("--products", action="store_true", help="the part of matrix products in a step instead")
     parser.add_argument("--steps", type=int, default=50, help="of --curves")
     parser.add_argument("--child", choices=PROVIDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -325,6 +342,11 @@ def main() -> None:
     make = functools.partial(smollm, arguments.model, 2 if arguments.quick else None)
     ids = batch(make().config.vocab_size if arguments.model else SMOLLM2_135M["vocab_size"], *size)
     ids = ids.to(arguments.device)
+    if arguments.products:
+        for name in arguments.only:
+            share = products_share(entrant("peft_accelerated", CASES[name], make, ids))
+            print(f"{name}: {share:.0%} of the accelerated step is matrix products", flush=True)
+        return
     if arguments.child:
         print(json.dumps({"peak_MB": peak_mb(arguments.child, CASES[arguments.only[0]], make, ids)}))
         return

@@ -24,9 +24,8 @@ import fastpeft
 from benchmarks.accelerate import draw_adapters, smollm
 from benchmarks.machine import machine
 from benchmarks.step import TARGETS, R
-from fastpeft.demo.assets import MINILM, SMOLLM, VADER, default_cache_dir, obtain, unpack
-from fastpeft.demo.movies import write_splits
-from fastpeft.demo.smollm import model_folder
+from benchmarks.texts import demo_model, reviews
+from fastpeft.demo.assets import MINILM, default_cache_dir, obtain, unpack
 
 RESULTS = Path("benchmarks/results/accelerate_curves.json")
 ENCODER_TARGETS = ["query", "key", "value", "dense"]
@@ -65,17 +64,9 @@ class Task:
             yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def reviews() -> list[dict[str, Any]]:
-    """{"text", "label"} of the demo's training reviews."""
-    cache = default_cache_dir()
-    path = write_splits(obtain(VADER, cache), cache / "movie-snippets")["train"]
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
-
-
 def smollm_task(quick: bool) -> Task:
-    cache = default_cache_dir()
     try:
-        folder = model_folder(obtain(SMOLLM, cache), cache / "SmolLM2-135M-Instruct")
+        folder = demo_model()
         texts = [row["text"] for row in reviews()]
     except (OSError, ImportError) as error:
         print(f"random weights and tokens instead of SmolLM2's: {error}")
@@ -84,7 +75,7 @@ def smollm_task(quick: bool) -> Task:
     words = transformers.AutoTokenizer.from_pretrained(folder)
     stream = words("\n".join(texts[:600]))["input_ids"]
     rows = [stream[start : start + 128 - start // 128 % 40] for start in range(0, len(stream) - 128, 128)]
-    model = smollm(str(folder))
+    model = smollm(folder)
     return Task("smollm2-135m", model, "the demo's", rows, [], (2, 32 if quick else 128))
 
 

@@ -15,6 +15,7 @@ ratio is shown where losses are apart.
 import argparse
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"peak_MB": peak_mb(options.child, CASES[options.only[0]], make, ids, steps=2)}))
         return 0
     plan = {length: steps_of(length, most) for length in lengths}
-    stream, source = tokens_of(folder, sum(max(plan.values()) * [max(lengths)]) + 2 * max(lengths))
+    stream, source = tokens_of(folder, max(length * (steps + 1) for length, steps in plan.items()))
     settings = {
         "model": options.model or f"random, {layers} layers",
         "text": source,
@@ -208,7 +209,7 @@ def measure(
         row["held_out"] = _tried(row, lambda name=name: round(_held_out(entrants[name], held_out), 5))
         for kind, its in times[name].items():
             if its:
-                row[f"{kind}_tokens_per_s"] = round(length / sorted(its)[len(its) // 2], 1)
+                row[f"{kind}_tokens_per_s"] = round(length / statistics.median(its), 1)
     _beside_peft(rows, times)
 
 

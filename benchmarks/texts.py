@@ -1,8 +1,12 @@
 """Tokens to train on: the demo's reviews where they are there, else a Markov chain."""
 
+import json
+from typing import Any
+
 import torch
 
-from fastpeft.demo.assets import SMOLLM, default_cache_dir, obtain
+from fastpeft.demo.assets import SMOLLM, VADER, default_cache_dir, obtain
+from fastpeft.demo.movies import write_splits
 from fastpeft.demo.smollm import model_folder
 
 BRANCHES = 8
@@ -18,11 +22,16 @@ def demo_model() -> str:
     return str(model_folder(obtain(SMOLLM, cache), cache / "SmolLM2-135M-Instruct"))
 
 
+def reviews() -> list[dict[str, Any]]:
+    """{"text", "label"} of the demo's training reviews."""
+    cache = default_cache_dir()
+    path = write_splits(obtain(VADER, cache), cache / "movie-snippets")["train"]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
 def tokens_of(folder: str | None, count: int) -> tuple[torch.Tensor, str]:
     """(ids [count], what they are); read by the tokenizer of `folder`, or by that of the demo's SmolLM2."""
     import transformers
-
-    from benchmarks.curves import reviews
 
     try:
         words = transformers.AutoTokenizer.from_pretrained(folder or demo_model())

@@ -44,6 +44,15 @@ def test_the_table_and_the_goals_are_formulas_of_the_rows():
     assert {case for case, *_ in GOALS} == set(CASES)
 
 
+def test_products_are_a_part_of_a_step():
+    one = accelerate.entrant(
+        "peft_accelerated", Case("float32"), _tiny, accelerate.batch(tiny_models.VOCABULARY, 2, 16)
+    )
+    share = accelerate.products_share(one)
+    assert 0 < share < 1
+    assert one.steps == 2
+
+
 @pytest.mark.parametrize("case", [Case("float32"), Case("bfloat16", quant="nf4"), Case("bfloat16", dora=True)], ids=str)
 def test_every_provider_takes_the_same_steps_from_the_same_values(case):
     threads = torch.get_num_threads()

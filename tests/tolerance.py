@@ -64,6 +64,9 @@ SPREAD_OF_INIT = 0.02
 METRICS_REPEATED = 1e-5
 """Relative distance of a metric from the same metric computed in other batches."""
 
+PLANNED = 0.04
+"""Relative distance of what one of two processes holds from its plan, beside a layer that it may hold or not."""
+
 RESAMPLED_BOUND = 0.05
 """Distance of an interval's bound from the same bound by other draws, 20,000 each, as part of the interval's width."""
 

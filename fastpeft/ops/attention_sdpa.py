@@ -18,10 +18,10 @@ WIDE_FORWARD_FROM = 128  # queries from which on bfloat16 is widened for the for
 
 def _as_it_is(q, k, v) -> bool:
     """Is the kernel to get the dtype that the caller has?"""
-    if q.dtype in (torch.float32, torch.float64):
-        return (
-            q.dtype == torch.float64 or not fast_matmul.entered()
-        )  # backward must be ours, to be in small_products too
+    if q.dtype == torch.float32:
+        return not fast_matmul.entered()  # its products must stay with MKL, in backward too
+    if q.dtype == torch.float64:
+        return True
     if torch.compiler.is_compiling():
         return False  # the operator finds out where the graph runs
     if q.dtype == torch.bfloat16 and attention_bf16.worth(q, k):

@@ -30,6 +30,7 @@ from tests.tolerance import (
     LOGITS_EQUAL_TO_PEFT,
     METRICS_REPEATED,
     OTHER_ORDER_OF_SUMS,
+    PLANNED,
     assert_bits_equal,
     assert_close,
 )
@@ -71,7 +72,6 @@ REFERENCES = {
     "lora": {}, "nf4": NF4, "classes": CLASSES, "int8": INT8, "prompt": PROMPT, "olora": OLORA, "pissa": PISSA,
 }  # fmt: skip
 RESUMED_AT = 4
-AGREEMENT = 0.04
 
 
 def _fields(folder, name, processes, **options):
@@ -290,7 +290,7 @@ def test_a_plan_of_two_processes_is_what_one_of_them_takes(runs):
     parts, held = found["planned"], found["held"]
     assert parts["base weights"] + parts["adapter weights"] == pytest.approx(held, rel=1e-3)
     planned, taken = sum(parts.values()), held + found["allocated"]
-    assert (planned - found["layer"]) * (1 - AGREEMENT) <= taken <= planned * (1 + AGREEMENT)
+    assert (planned - found["layer"]) * (1 - PLANNED) <= taken <= planned * (1 + PLANNED)
 
 
 # -- fastpeft train --nproc ---------------------------------------------------------------------------------------------

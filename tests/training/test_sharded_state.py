@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from fastpeft import LoraConfig, get_peft_model
-from fastpeft.training import Trainer
+from fastpeft.training import Trainer, sharded_state
 from fastpeft.training.across_processes import STATE_FOLDER
 from fastpeft.training.sharded_state import is_state, load_state, save_state
 from fastpeft.training.trainer import last_checkpoint
@@ -56,6 +56,19 @@ def test_a_state_without_its_last_file_is_none(tmp_path):
     assert is_state(tmp_path)
     (tmp_path / ".metadata").unlink()
     assert not is_state(tmp_path)
+
+
+def test_a_save_that_fails_over_an_older_state_leaves_none(tmp_path, monkeypatch):
+    """Parts of two states under the older one's .metadata would be read as one."""
+    save_state(tmp_path / "state", *stepped(1))
+
+    def killed(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sharded_state, "save", killed)
+    with pytest.raises(OSError, match="no space left"):
+        save_state(tmp_path / "state", *stepped(2))
+    assert not is_state(tmp_path / "state")
 
 
 def trainer(folder: Path, steps: int) -> Trainer:

@@ -65,10 +65,10 @@ class Accelerated:
         slot = self.__dict__.get(SLOT)
         if slot is not None:
             slot.fallbacks[why] += 1
-        return self._own_class.forward(self, *args, **kwargs)
+        return self.as_before(*args, **kwargs)
 
     def as_before(self, *args, **kwargs):
-        """The module's own forward, uncounted: not for want of ours, see few_rows.py."""
+        """The module's own forward, uncounted."""
         return self._own_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):

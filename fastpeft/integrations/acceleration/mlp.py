@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 PART = "mlp"
 
-"""The switch that keep_unpacked turns off on a Linear4bit."""
-
 
 class Layout(NamedTuple):
     """Names of an MLP's children, and all names that its forward uses. up is None where gate gives both side by side.

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 PART = "lora"
 
-"""The switch that keep_unpacked turns off on a Linear4bit."""
-
 
 class FastLora(LoRAProducts, Accelerated):
     """PEFT's LoRA on a linear, by lora_linear_group and dora_linear. What these do not compute is left to PEFT's own forward."""
