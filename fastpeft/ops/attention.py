@@ -36,7 +36,7 @@ def _passes(impl: str):
 
 
 class Attention(torch.autograd.Function):
-    """Keeps q, k, v, o, lse and the terms as they came; scores and dropout masks are computed again."""
+    """Keeps q, k, v, o, the terms as they came and lse, or what the passes want instead; dropout masks are computed again."""
 
     @staticmethod
     def forward(ctx, q, k, v, *rest):

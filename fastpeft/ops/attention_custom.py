@@ -59,13 +59,12 @@ def attention(
     """(o [B, Sq, H, D] contiguous, lse [B, H, Sq or more]): what the implementation's backward wants to have kept."""
     terms = Terms(bias, table, sinks, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k, cos, sin)
     settings = _settings(seed, scale, left, right, softcap, bidirectional, max_distance, threshold)
-    shape = _lse_shape(q, impl)
+    shape, statistics = _lse_shape(q, impl), torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0 or k.numel() == 0:
-        statistics = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(q.shape), q.new_zeros(shape, dtype=statistics)
     o, lse = _passes(impl).forward(q, k, v, terms, settings)
     if lse.dim() < 3:
-        lse = lse.new_zeros(shape)  # none are needed
+        lse = q.new_zeros(shape, dtype=statistics)  # none are needed
     if lse.shape[2] < shape[2]:
         lse = F.pad(lse, (0, shape[2] - lse.shape[2]), value=float("inf"))  # as rows without a key
     return o.contiguous(), lse.contiguous()

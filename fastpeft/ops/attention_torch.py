@@ -125,9 +125,9 @@ def _is_whole(piece, q, k):
 
 
 def forward(q, k, v, terms: Terms, settings: Settings):
-    """(o [B, Sq, H, D], lse [B, H, Sq]); lse is 0 for a query that sees no key, and empty where backward needs none."""
+    """(o [B, Sq, H, D], lse [B, H, Sq]); lse is 0 for a query that sees no key. From attention_bf16.py: what it keeps, [N]."""
     if attention_bf16.covers(q, k, terms, settings):
-        return attention_bf16.forward(q, k, v, terms, settings), q.new_empty(0, dtype=torch.float32)
+        return attention_bf16.forward(q, k, v, terms, settings)
     if not _by_flash(q, terms, settings):
         return attention_tiles.forward(q, k, v, terms, settings)
     dtype = q.dtype
@@ -194,7 +194,8 @@ def _mask_dtype(q):
 def backward(do, q, k, v, o, lse, terms: Terms, settings: Settings, needs):
     """(dq, dk, dv, dbias, dtable, dsinks), None where not needed."""
     if attention_bf16.covers(q, k, terms, settings):
-        return *attention_bf16.backward(do, q, k, v, terms, settings, needs), None, None, None
+        kept = lse if lse.dim() == 1 else q.new_empty(0)  # an operator of torch.library has no place for it
+        return *attention_bf16.backward(do, q, k, v, kept, terms, settings, needs), None, None, None
     if not _by_flash(q, terms, settings, needs):
         return attention_tiles.backward(do, q, k, v, o, lse, terms, settings, needs)
     dtype = q.dtype

@@ -46,11 +46,13 @@ def cut_small(patch):
     patch.setattr(attention_bf16, "_WINDOW_ROWS", 5)
 
 
+@pytest.mark.parametrize("kept", [0, 100], ids=["again", "kept"])
 @pytest.mark.parametrize("small", [False, True], ids=["whole", "tiles"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name, small, calls, monkeypatch):
+def test_forward_and_gradients(name, small, kept, calls, monkeypatch):
     if small:
         cut_small(monkeypatch)
+    monkeypatch.setattr(attention_bf16, "_KEPT", kept)
     tensors, terms, do = draw(**({"sq": 37, "sk": 37, "d": 20, "dtype": BF16} | CASES[name]))
     before = [x.clone() for x in tensors.values()]
     got = by_op(tensors, terms, do, impl="torch")
@@ -93,13 +95,37 @@ def test_only_what_needs_a_gradient_gets_one(calls):
     assert len(calls) == 3
 
 
-def test_nothing_but_the_result_is_kept(calls):
-    tensors, _, _ = draw(batch=1, sq=256, sk=256, dtype=BF16)
+@pytest.mark.parametrize(("tokens", "short"), [(256, False), (16, True)])
+def test_a_long_sequence_keeps_nothing_but_the_result(tokens, short, calls, monkeypatch):
+    tensors, _, do = draw(batch=1, sq=tokens, sk=tokens, dtype=BF16)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    weights, every = [], sum(x.numel() for x in leaves.values()) + leaves["q"].numel()
+
+    def taken(*args, own=attention_bf16._weights):
+        weights.append(own(*args))
+        return weights[-1]
+
+    monkeypatch.setattr(attention_bf16, "_weights", taken)
     with SavedBytes(leaves.values()) as watch:
         o = attention(**leaves, causal=True, impl="torch")
-        assert watch.total() == o.numel() * 2
-    assert calls
+        scores = sum(p.numel() for p in weights)
+        assert (scores <= every) is short
+        assert watch.total() == 2 * (o.numel() + (scores if short else 0))
+        forward = len(weights)
+    o.backward(do)
+    assert len(weights) == (forward if short else 2 * forward)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kept_weights_make_no_difference(name, calls, monkeypatch):
+    tensors, terms, do = draw(**({"sq": 37, "sk": 37, "d": 20, "dtype": BF16} | CASES[name]))
+    got = []
+    for kept in (0, 100):
+        monkeypatch.setattr(attention_bf16, "_KEPT", kept)
+        got.append(by_op(tensors, terms, do, impl="torch"))
+    for part, value in got[0].items():
+        assert_bits_equal(part, value, got[1][part])
 
 
 def test_compiled_is_eager(calls):

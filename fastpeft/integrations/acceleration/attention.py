@@ -1,7 +1,7 @@
 """Part "attention": every model of the walk runs fastpeft's attention, as attn_implementation="fastpeft" would have it do.
 
-Masks are made in their smallest form then, no score is kept, and no padded, windowed or packed batch needs a mask of Sq * Sk
-elements: integrations/attention.py. What was set before comes back at restore.
+Masks are made in their smallest form then, no score of a longer sequence is kept, and no padded, windowed or packed batch needs
+a mask of Sq * Sk elements: integrations/attention.py. What was set before comes back at restore.
 """
 
 from typing import TYPE_CHECKING
