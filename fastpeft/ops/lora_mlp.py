@@ -247,6 +247,7 @@ def _backward_of(dy, rows, kept: Kept, full, activation, wide, impl, needs: Need
     """`backward_passes` of some rows."""
     group, elementwise, *outer, down = PASSES[impl], GLU_PASSES[impl], *full
     g, u, h, *s, s_down = kept
+    act = None
     s_again = needs.down[1] and s_down is None
     h_again = h is None and (needs.h or s_again)
     own = g is None and (needs.inner or h_again)
@@ -254,7 +255,10 @@ def _backward_of(dy, rows, kept: Kept, full, activation, wide, impl, needs: Need
         (g, u), s = group.group_forward(rows, outer, wide)
     late = h_again and needs.inner and elementwise.GIVES_H
     if h_again and not late:
-        h = elementwise.forward(g, u, activation)
+        if needs.inner:
+            h, act = elementwise.forward_and_act(g, u, activation)
+        else:
+            h = elementwise.forward(g, u, activation)
         if s_again:
             (s_down,) = group.group_down(h, [down], wide)
     now = needs.h and not late, needs.down[1] and not (late and s_again)
@@ -269,8 +273,10 @@ def _backward_of(dy, rows, kept: Kept, full, activation, wide, impl, needs: Need
             _, (da,), (later,) = group.group_backward([dy], h, [s_down], [down], False, [needs.h], [s_again], wide)
             db = later if s_again else db
         else:
-            dg, du = elementwise.backward(dh, g, u, activation, out_gate=dh, out_up=h if h_again else None)
-        del g, u, h, dh
+            h = None
+            there = {} if act is None else {"act": act}
+            dg, du = elementwise.backward(dh, g, u, activation, out_gate=dh, **there)
+        del g, u, h, dh, act
         needs_a, needs_b, _ = zip(needs.gate, needs.up)
         dx, das, dbs = group.group_backward([dg, du], rows, s, outer, needs.x, needs_a, needs_b, wide)
         wanted = zip(outer, das, dbs, (dg, du), (needs.gate, needs.up))
