@@ -46,7 +46,7 @@ def saved_bytes(work: Work) -> int:
     gc.collect()
     with SavedBytes([*work.leaves, *work.exempt]) as watch:
         y = work.forward()
-        kept = watch.total()
+        kept = watch.total() + watch.beside()
     del y
     return kept
 

@@ -89,7 +89,7 @@ class Trained:
     def saved_bytes(self) -> int:
         with SavedBytes(self.model) as watch:
             loss = self.forward()
-            kept = watch.total()
+            kept = watch.total() + watch.beside()
         del loss
         return kept
 

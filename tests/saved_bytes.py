@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastpeft.ops.dropout import BESIDE, Keep
+
 
 @dataclass(frozen=True)
 class SavedStorage:
@@ -25,10 +27,10 @@ class SavedStorage:
 class _Holder:
     """What autograd keeps in a saved tensor's place; it dies with the graph node that owns it."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "beside", "tensor")
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    def __init__(self, tensor: torch.Tensor, beside: Keep | None):
+        self.tensor, self.beside = tensor, beside
 
 
 class SavedBytes:
@@ -47,7 +49,9 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
 
     def _pack(self, tensor: torch.Tensor) -> _Holder:
-        holder = _Holder(tensor.detach())  # with its graph it would hold the node that holds it
+        holder = _Holder(
+            tensor.detach(), getattr(tensor, BESIDE, None)
+        )  # with its graph it would hold the node that holds it
         self._holders.append(weakref.ref(holder))
         return holder
 
@@ -71,6 +75,12 @@ class SavedBytes:
                 row = SavedStorage(storage.nbytes(), tuple(holder.tensor.shape), holder.tensor.dtype)
                 alive.setdefault(storage.data_ptr(), row)
         return sorted(alive.values(), key=lambda row: -row.nbytes)
+
+    def beside(self) -> int:
+        """Bytes of the dropout masks that are alive beside saved tensors."""
+        gc.collect()
+        holders = filter(None, (reference() for reference in self._holders))
+        return sum(holder.beside.nbytes for holder in holders if holder.beside is not None)
 
     def total(self) -> int:
         """Bytes alive now."""

@@ -3,9 +3,10 @@
     S = x a^T,   y = x w^T + s S b^T + bias
     dS = s dy b,   dx = dy w + dS a,   da = dS^T x,   db = s dy^T S,   dbias = sum over rows of dy
 
-Kept for backward: x as it came (its producer holds it anyway), S (R columns) and, with dropout, a seed. Neither a mask,
-a dropped x, a float32 copy of x, nor anything of the size of w. Small calls are composed of plain ones instead (see
-`_is_small`): those keep what autograd keeps, a few rows' copies of x in mixed dtypes or with dropout.
+Kept for backward: x as it came (its producer holds it anyway), S (R columns) and, with dropout, a seed; `torch` on a CPU keeps
+the mask beside S, a bit per element, which is faster than to draw it twice. Not a dropped x, a float32 copy of x, nor anything
+of the size of w. Small calls are composed of plain ones instead (see `_is_small`): those keep what autograd keeps, a few rows'
+copies of x in mixed dtypes or with dropout.
 """
 
 import functools
@@ -75,7 +76,7 @@ def lora_linear(
              Sums in float32. Under autocast x, w and bias are taken in the autocast dtype, as F.linear does
     Grads:   x, a, b, bias; never w. First order only
     Dropout: on the low-rank path's input; dropout_p in [0, 1) is rounded to a multiple of 1/65536. The mask is a function
-             of `seed`, drawn from torch's default CPU generator when None, and is drawn again in backward
+             of `seed`, drawn from torch's default CPU generator when None
     Tracing: torch.compile, fake and meta tensors see the operators of custom.py; torch.func's transforms see plain calls
     Units:   scale = alpha / R, or alpha / sqrt(R) for rsLoRA; no unit
     Raises:  ValueError where shapes, dtypes or devices disagree, or w requires a gradient; NotImplementedError where the

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastpeft.ops.dropout import LEVELS, keep_chunks
+from fastpeft.ops.dropout import BESIDE, LEVELS, Keep, masked
 from fastpeft.ops.weights import FrozenWeight, dense
 
 
@@ -79,10 +79,13 @@ def group_down(rows, members, wide):
 
 
 def _down_dropped(rows, member, wide):
+    """S of one projection, with the mask for `_grads_dropped` beside it: 1/16 of what x takes in half precision."""
     a_t = member.a.to(wide).t()
     s = rows.new_empty(rows.shape[0], a_t.shape[1], dtype=wide)
-    for span, keep in keep_chunks(rows.shape, rows, member.seed, member.threshold):
-        torch.mm(keep.mul_(rows[span]).to(wide), a_t, out=s[span])
+    keep = Keep(rows.shape, rows.dtype, rows.device, member.seed, member.threshold)
+    for span, mask in keep.parts():
+        torch.mm(masked(rows[span], mask, out=mask).to(wide), a_t, out=s[span])
+    setattr(s, BESIDE, keep)
     return s
 
 
@@ -106,7 +109,7 @@ def group_backward(dys, rows, s, members, need_x, needs_a, needs_b, wide):
         if not member.threshold:
             joint.append((i, ds))
             continue
-        das[i] = _grads_dropped(dx, rows if needs_a[i] else None, ds, member)
+        das[i] = _grads_dropped(dx, rows if needs_a[i] else None, ds, member, getattr(s[i], BESIDE, None))
     if joint:
         parts = [members[i].a for i, _ in joint]
         ds = joint[0][1] if len(joint) == 1 else torch.cat([ds for _, ds in joint], 1)
@@ -119,21 +122,18 @@ def group_backward(dys, rows, s, members, need_x, needs_a, needs_b, wide):
     return dx, das, dbs
 
 
-def _grads_dropped(dx, rows, ds, member):
+def _grads_dropped(dx, rows, ds, member, keep: Keep | None):
     """dx += keep * (dS a) in place, where there is a dx, and da = dS^T (keep * x), where there are rows."""
-    a = member.a.to(ds.dtype)
-    da = (
-        None
-        if rows is None
-        else torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-    )
-    for span, keep in keep_chunks(
-        (ds.shape[0], a.shape[1]), dx if rows is None else rows, member.seed, member.threshold
-    ):
+    a, like = member.a.to(ds.dtype), dx if rows is None else rows
+    if keep is None:
+        keep = Keep((ds.shape[0], a.shape[1]), like.dtype, like.device, member.seed, member.threshold)
+    da = None if rows is None else a.new_zeros(a.shape, dtype=torch.promote_types(member.a.dtype, torch.float32))
+    for span, mask in keep.parts():
         if dx is not None:
-            dx[span].addcmul_((ds[span] @ a).to(dx.dtype), keep)
+            part = (ds[span] @ a).to(dx.dtype)
+            dx[span].add_(masked(part, mask, out=part))
         if rows is not None:
-            da += ds[span].t() @ keep.mul_(rows[span]).to(ds.dtype)
+            da += ds[span].t() @ masked(rows[span], mask, out=mask).to(ds.dtype)
     return None if da is None else da.to(member.a.dtype)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fastpeft.ops import dropout
 from fastpeft.ops.dropout import LEVELS, draw_seed, drop, keep_mask, threshold_of
+from fastpeft.ops.lora import lora_linear
 from tests.tolerance import assert_bits_equal, assert_keep_rate
 
 ROWS = torch.empty(512, 301)  # 154112 elements, not a multiple of four
@@ -88,12 +89,48 @@ def test_drop_keeps_or_zeroes_without_scaling():
     assert drop(x, 9, 0) is x
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk", [1, 7 * 33, 2**21])
-def test_parts_of_a_mask_are_the_mask(monkeypatch, chunk):
+def test_parts_of_a_mask_are_the_mask_drawn_or_held(monkeypatch, chunk, dtype):
     monkeypatch.setattr(dropout, "_CHUNK", chunk)
-    x = torch.randn(33, 7)
-    parts = [
-        (span.stop - span.start, keep.clone()) for span, keep in dropout.keep_chunks((33, 7), x, 5, threshold_of(0.3))
-    ]
-    assert [rows for rows, _ in parts] == {1: [4] * 8 + [1], 7 * 33: [32, 1], 2**21: [33]}[chunk]
-    assert torch.equal(torch.cat([keep for _, keep in parts]), keep_mask(seed=5, like=x, threshold=threshold_of(0.3)))
+    x = torch.randn(33, 7).to(dtype)
+    kept = keep(5, threshold_of(0.3), like=x)
+    expected = torch.where(kept, x, 0)
+    x[~kept] = float("inf")  # a dropped element is 0, whatever it was
+    mask, draws = dropout.Keep((33, 7), dtype, x.device, 5, threshold_of(0.3)), count_draws(monkeypatch)
+    for drawn in (True, False, False):
+        before = len(draws)
+        parts = [(span, dropout.masked(x[span], part, out=part).clone()) for span, part in mask.parts()]
+        assert [span.stop - span.start for span, _ in parts] == {1: [4] * 8 + [1], 7 * 33: [32, 1], 2**21: [33]}[chunk]
+        assert_bits_equal("masked", torch.cat([part for _, part in parts]), expected)
+        assert (len(draws) - before == len(parts)) is drawn
+
+
+def test_a_mask_that_was_not_drawn_to_its_end_is_drawn_anew(monkeypatch):
+    monkeypatch.setattr(dropout, "_CHUNK", 1)
+    mask = dropout.Keep((33, 7), torch.float32, torch.device("cpu"), 5, threshold_of(0.3))
+    next(mask.parts())
+    parts = [part.clone() for _, part in mask.parts()]
+    assert torch.equal(torch.cat(parts) != 0, keep(5, threshold_of(0.3), like=torch.empty(33, 7)))
+
+
+def count_draws(monkeypatch) -> list[int]:
+    """How many numbers were drawn at each time from now on."""
+    counts, bits = [], dropout.Draws.bits
+
+    def counted(draws, count):
+        counts.append(count)
+        return bits(draws, count)
+
+    monkeypatch.setattr(dropout.Draws, "bits", counted)
+    return counts
+
+
+def test_a_backward_pass_draws_no_mask_again(monkeypatch):
+    draws = count_draws(monkeypatch)
+    x, w = torch.randn(33, 16, requires_grad=True), torch.randn(8, 16)
+    a, b = torch.randn(4, 16, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    y = lora_linear(x, w, a, b, dropout_p=0.3, seed=1, impl="torch")
+    assert len(draws) == 1
+    y.sum().backward()
+    assert len(draws) == 1
