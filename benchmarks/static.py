@@ -37,10 +37,13 @@ HEAD = (
     "shared KiB",
     "blocks/SM",
     "loop",
+    "most of it",
     "16-byte loads",
     "tensor share",
     "bound",
 )
+MIX = 5
+"""Instructions of the main loop that are named, those that occur most; --json writes all."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +153,7 @@ def row(arch: str, name: str, metrics: Metrics) -> list[str]:
         f"{metrics.shared / 1024:.0f}",
         str(metrics.blocks_per_sm),
         str(metrics.loop_instructions),
+        ", ".join(f"{name} {count}" for name, count in list(metrics.mix.items())[:MIX]),
         "" if metrics.vec128 is None else f"{metrics.vec128:.2f}",
         "" if metrics.pipe_share is None else f"{metrics.pipe_share:.2f}",
         metrics.bound,

@@ -31,19 +31,32 @@ def steps() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, a step by the Triton implementation at a small aligned size) of every op."""
     import torch
 
-    from fastpeft.ops.attention import attention
-    from fastpeft.ops.lora import lora_linear
-    from fastpeft.ops.rope import apply_rope
+    import fastpeft
+    from fastpeft import apply_rope, attention, linear_cross_entropy, lora_linear
+    from fastpeft.ops.dora import dora_linear
+    from fastpeft.ops.nf4 import quantize_4bit
 
     def normal(*shape):
         return torch.randn(*shape).bfloat16().requires_grad_()
 
     x, w, a, b = normal(128, 128), normal(128, 128).detach(), normal(16, 128), normal(128, 16)
     yield "LoRA linear", lambda: lora_linear(x, w, a, b, impl="triton").sum().backward()
+    nf4 = quantize_4bit(w)
+    yield "QLoRA linear", lambda: lora_linear(x, nf4, a, b, impl="triton").sum().backward()
+    magnitude = normal(128)
+    yield "DoRA linear", lambda: dora_linear(x, w, a, b, magnitude, impl="triton").sum().backward()
     q, k, v = normal(1, 256, 4, 64), normal(1, 256, 2, 64), normal(1, 256, 2, 64)
     yield "attention, causal", lambda: attention(q, k, v, causal=True, impl="triton").sum().backward()
     cos, sin = torch.randn(256, 32), torch.randn(256, 32)
     yield "rope", lambda: apply_rope(q, k, cos, sin, impl="triton")[0].sum().backward()
+    weight, bias = normal(128), normal(128)
+    yield "RMSNorm", lambda: fastpeft.rms_norm(x, weight, eps=1e-5, impl="triton").sum().backward()
+    yield "LayerNorm", lambda: fastpeft.layer_norm(x, weight, bias, eps=1e-5, impl="triton").sum().backward()
+    gate, up = normal(128, 256), normal(128, 256)
+    yield "SwiGLU", lambda: fastpeft.swiglu(gate, up, impl="triton").sum().backward()
+    yield "GEGLU", lambda: fastpeft.geglu(gate, up, impl="triton").sum().backward()
+    head, labels = normal(512, 128).detach(), torch.randint(0, 512, (128,))
+    yield "linear + cross-entropy", lambda: linear_cross_entropy(x, head, labels, impl="triton").backward()
 
 
 def main() -> None:

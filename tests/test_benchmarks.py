@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, plots, report, tables
+from benchmarks import compare, plots, report, tables, traffic
 from benchmarks.case import Absent, Op, Work, described
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.ops import ops
@@ -246,3 +246,12 @@ def test_every_provider_of_an_op_gives_its_answer(name):
 def test_cases_are_named_apart(name):
     cases = [str(case) for case in (*ops()[name].cases, *ops()[name].quick)]
     assert len(set(cases)) == len(dict.fromkeys((*ops()[name].cases, *ops()[name].quick)))
+
+
+def test_traffic_counts_every_op_s_bytes():
+    rows = [line.strip("| ").split(" | ") for line in traffic.table().splitlines()[2:]]
+    assert {op for op, *_ in rows} == {name for name, _ in traffic.steps()}
+    glu, grad = (row for row in rows if row[0] == "SwiGLU")
+    tensor = 128 * 256 * 2 // 1024
+    assert glu == ["SwiGLU", "glu", f"{3 * tensor} kB", "1.00", "1.00"]  # gate, up, h
+    assert grad == ["SwiGLU", "glu_grad", f"{5 * tensor} kB", "1.00", "1.00"]  # dh, gate, up, dgate, dup

@@ -87,6 +87,7 @@ def measure(kernel, code, arch: str, num_warps: int, dots: list[Dot], tile_fma: 
         cycles=_cycles(costed, unit, num_warps),
         moved=_moved_bytes(costed) * num_warps * unit.wave,
         dram=unit.dram,
+        mix=dict(Counter(x.op for x in loop).most_common()),
     )
 
 

@@ -53,6 +53,7 @@ class Metrics:
     moved: int = 0  # bytes that the threads of a block load and store in one loop turn
     dram: float = 1.0  # bytes per clock for one processor
     stages: int = 1  # of the loop's pipeline
+    mix: dict[str, int] = field(default_factory=dict)  # instruction -> count, in the main loop, most frequent first
     elements: int | None = None  # of the streamed tensor that one loop turn of one block consumes
     stage_bytes: int | None = None  # of that tensor in one stage
 

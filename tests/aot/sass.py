@@ -126,6 +126,7 @@ def measure(kernel, listing, arch: str, num_warps: int, dots: list[Dot], tile_fm
         cycles=_cycles(costed, processor, warps, loop_fma),
         moved=_moved_bytes(costed) * threads,
         dram=processor.dram,
+        mix=dict(Counter(x.name for x in loop).most_common()),
     )
 
 

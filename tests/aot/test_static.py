@@ -1,5 +1,6 @@
 """`python -m benchmarks static`: faults make --check fail, peers that are not here or do not compile never stop it."""
 
+import dataclasses
 import json
 import sys
 
@@ -128,6 +129,14 @@ def test_wrong_values_are_one_line_that_lists_what_exists(measured, arguments, n
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
+
+
+def test_the_loop_s_instructions_are_named_most_frequent_first(measured, monkeypatch, capsys):
+    mix = {"HMMA": 32, "LDS": 9, "FFMA": 8, "LDGSTS": 4, "BAR": 2, "BRA": 1}
+    mixed = dataclasses.replace(GOOD, mix=mix)
+    monkeypatch.setattr(static, "reports_of", lambda *_, **__: {("sm_90", "m"): report_of(good=mixed)})
+    assert command.main(["static", "--arch", "sm_90"]) == 0
+    assert "| HMMA 32, LDS 9, FFMA 8, LDGSTS 4, BAR 2 |" in capsys.readouterr().out
 
 
 def test_metrics_are_written_by_target(measured, tmp_path):
