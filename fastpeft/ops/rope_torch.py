@@ -10,7 +10,7 @@ import torch
 from fastpeft.reference.rope import rows_of
 
 _CHUNK = 2**17  # elements of 16 bits that are converted to float32 at once: what a core's cache holds
-_UNCONVERTED = 2**18  # elements at once where nothing is converted
+_UNCONVERTED = 2**19  # elements at once where nothing is converted
 
 
 def rotate(xs, cos, sin, positions, offset, interleaved, inverse):
