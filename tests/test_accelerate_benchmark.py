@@ -62,7 +62,7 @@ def test_every_provider_takes_the_same_steps_from_the_same_values(case):
     assert [row["provider"] for row in rows] == names
     assert ("peft_onednn" in names) == (case.base == "float32")
     by_name = {row["provider"]: row for row in rows}
-    assert {row["steps"] for row in rows} == {4}
+    assert {row["steps"] for row in rows} == {2 * (1 + accelerate.UNCOUNTED)}
     trained = torch.tensor([row["loss"] for name, row in by_name.items() if name != "frozen"])
     if case.base == "float32":
         assert_close("losses", trained, by_name["peft"]["loss"] + torch.zeros_like(trained), EQUAL_TO_THREE_DIGITS)
