@@ -4,10 +4,13 @@ Providers run in turn, round after round, every second round backwards (ABBA), s
 first turns with the rounds. A ratio is the median of the rounds' own ratios, so that what slows a round slows both. Before each
 sample the caches are flushed by writing a buffer larger than them.
 
-CPU   process CPU time with one thread; on request also wall time with all threads, which means something on a quiet machine only
+CPU   process CPU time with one thread. The allocator keeps what is freed, up to 32 MiB at once: else a step's pages are mapped
+      anew or not by what ran before it, a fifth of a short step's time. On request also wall time with all threads, which means
+      something on a quiet machine only
 GPU   events; a step too short for its launches is captured as a CUDA graph where that can be done
 """
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -123,6 +126,16 @@ def as_graph(step: Step, device: torch.device) -> Step:
     return graph.replay
 
 
+def keep_freed_memory() -> bool:
+    """Tell glibc to hand no memory back until the process ends; False where it is another library."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 32 << 20))
+
+
 def times_of(
     steps: dict[str, Step], device: torch.device, seconds: float, *, small: bool = False, wall: bool = False
 ) -> dict[str, dict[str, Times]]:
@@ -130,6 +143,7 @@ def times_of(
     if device.type == "cuda":
         run = {name: as_graph(step, device) for name, step in steps.items()} if small else steps
         return {"gpu": interleaved(run, seconds, gpu_clock, flusher(device))}
+    keep_freed_memory()
     before, flush = torch.get_num_threads(), flusher(device)
     try:
         torch.set_num_threads(1)

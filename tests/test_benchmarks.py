@@ -1,6 +1,8 @@
 """The benchmark suite's own rules: a peer never stops a run, a wrong result has no speed-up, a slower commit is found."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -255,3 +257,28 @@ def test_traffic_counts_every_op_s_bytes():
     tensor = 128 * 256 * 2 // 1024
     assert glu == ["SwiGLU", "glu", f"{3 * tensor} kB", "1.00", "1.00"]  # gate, up, h
     assert grad == ["SwiGLU", "glu_grad", f"{5 * tensor} kB", "1.00", "1.00"]  # dh, gate, up, dgate, dup
+
+
+def test_freed_memory_is_not_mapped_anew():
+    """In a process of its own: the setting stays."""
+    found = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True).stdout
+    handed_back, kept = map(int, found.split())
+    assert kept < handed_back / 10
+
+
+_FAULTS = """
+import resource, torch
+from benchmarks.timing import keep_freed_memory
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.zeros(1 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+big = [torch.zeros(16 << 20) for _ in range(2)]
+del big
+first = faults()
+keep_freed_memory()
+torch.zeros(1 << 20)
+print(first, faults())
+"""
