@@ -13,6 +13,7 @@ import torch
 from benchmarks.case import ALLOWED_ERROR, Absent, largest_error
 from benchmarks.ops import ops
 from benchmarks.running import output_gradient
+from benchmarks.timing import keep_freed_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -30,6 +31,7 @@ def chosen(every: bool) -> list:
 
 def test_step(op, case, provider, benchmark):
     torch.set_num_threads(1)
+    keep_freed_memory()
     benchmark.group = f"{op.name}/{case}"
     benchmark.extra_info.update({"flops": case.flops(), "bytes": case.bytes()})
     try:

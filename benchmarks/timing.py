@@ -126,14 +126,15 @@ def as_graph(step: Step, device: torch.device) -> Step:
     return graph.replay
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc to hand no memory back until the process ends; False where it is another library."""
+def keep_freed_memory() -> None:
+    """Tell glibc to hand no memory back until the process ends; another library is left alone."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return False
+        return
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 32 << 20))
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 32 << 20)
 
 
 def times_of(

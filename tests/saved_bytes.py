@@ -49,9 +49,8 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
 
     def _pack(self, tensor: torch.Tensor) -> _Holder:
-        holder = _Holder(
-            tensor.detach(), getattr(tensor, BESIDE, None)
-        )  # with its graph it would hold the node that holds it
+        alone = tensor.detach()  # with its graph it would hold the node that holds it
+        holder = _Holder(alone, getattr(tensor, BESIDE, None))
         self._holders.append(weakref.ref(holder))
         return holder
 

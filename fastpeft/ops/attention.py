@@ -45,7 +45,7 @@ class Attention(torch.autograd.Function):
         if q.numel() == 0 or k.numel() == 0:
             o, lse = torch.zeros_like(q), None
         else:
-            o, lse = _passes(impl).forward(q, k, v, terms, settings)
+            o, lse = _passes(impl).forward(q, k, v, terms, settings, keep=any(ctx.needs_input_grad))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, o, lse, *terms)
             ctx.settings, ctx.impl = settings, impl

@@ -109,12 +109,12 @@ def _scores(q, k, segment: Segment) -> int:
     return sum((b.stop - b.start) * (kv.stop - kv.start) * group * area for b, kv, area in tiles)
 
 
-def forward(q, k, v, terms: Terms, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o [B, Sq, H, D], p of all tiles [N] or [0])."""
+def forward(q, k, v, terms: Terms, settings: Settings, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o [B, Sq, H, D], p of all tiles [N] or [0]): only with `keep`, and where it is small."""
     o = torch.empty(q.shape, dtype=q.dtype)
     segment = Segment(terms, settings, 0, q.shape[1], 0, k.shape[1])
     group, block = q.shape[2] // k.shape[2], None
-    scores = _scores(q, k, segment)
+    scores = _scores(q, k, segment) if keep else 0
     kept = _Kept(q.new_empty(scores if scores <= _KEPT * 2 * (q.numel() + k.numel()) else 0))
     for b, kv, r0, r1, c0, c1 in _tiles(q, k, segment):
         count, heads, every = kv.stop - kv.start, slice(kv.start * group, kv.stop * group), slice(None)

@@ -2,7 +2,8 @@
 
 Passes (attention_torch.py, attention_triton.py), tensors in, fresh tensors out:
 
-    forward(q, k, v, terms, settings) -> (o, lse)             lse: whatever the same file's backward wants to have kept
+    forward(q, k, v, terms, settings, keep) -> (o, lse)       lse: whatever the same file's backward wants to have kept;
+                                                              keep: it may be more than one number a query
     backward(do, q, k, v, o, lse, terms, settings, needs) -> (dq, dk, dv, dbias, dtable, dsinks), None where not needed
 """
 

@@ -124,10 +124,10 @@ def _is_whole(piece, q, k):
     )
 
 
-def forward(q, k, v, terms: Terms, settings: Settings):
+def forward(q, k, v, terms: Terms, settings: Settings, keep: bool = False):
     """(o [B, Sq, H, D], lse [B, H, Sq]); lse is 0 for a query that sees no key. From attention_bf16.py: what it keeps, [N]."""
     if attention_bf16.covers(q, k, terms, settings):
-        return attention_bf16.forward(q, k, v, terms, settings)
+        return attention_bf16.forward(q, k, v, terms, settings, keep)
     if not _by_flash(q, terms, settings):
         return attention_tiles.forward(q, k, v, terms, settings)
     dtype = q.dtype

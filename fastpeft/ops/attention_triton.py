@@ -7,7 +7,7 @@ from fastpeft.ops.attention_terms import Settings, Terms
 from fastpeft.reference.attention import distance_buckets
 
 
-def forward(q, k, v, terms: Terms, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, terms: Terms, settings: Settings, keep: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse): lse [B, H, Sq] in base 2."""
     from fastpeft.kernels.attention_fwd import attention_fwd
 

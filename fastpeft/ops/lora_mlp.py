@@ -9,7 +9,7 @@
 | balanced | x, g, u and every S          | h, elementwise                     |
 | memory   | x                            | g, u, h, and every S               |
 
-Backward writes over dh, and over g, u and h where it computed them itself: never over an input, dy, or what autograd kept. All
+Backward writes over dh and act(g), and over u where it computed that itself: never over an input, dy, or what autograd kept. All
 three policies give the same bits. Eager code keeps act(g) too, and copies of x and h. Where x is rms_norm's own output,
 "balanced" and "memory" keep the norm's input, which is kept anyway, and compute x again.
 

@@ -34,7 +34,9 @@ def calls(monkeypatch):
 
     def forward(*args, own=attention_bf16.forward):
         seen.append(args[0].shape)
-        return own(*args)
+        o, kept = own(*args)
+        assert args[-1] or not kept.numel()
+        return o, kept
 
     monkeypatch.setattr(attention_bf16, "forward", forward)
     return seen
@@ -96,7 +98,7 @@ def test_only_what_needs_a_gradient_gets_one(calls):
 
 
 @pytest.mark.parametrize(("tokens", "short"), [(256, False), (16, True)])
-def test_a_long_sequence_keeps_nothing_but_the_result(tokens, short, calls, monkeypatch):
+def test_only_a_short_sequence_keeps_more_than_the_result(tokens, short, calls, monkeypatch):
     tensors, _, do = draw(batch=1, sq=tokens, sk=tokens, dtype=BF16)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     weights, every = [], sum(x.numel() for x in leaves.values()) + leaves["q"].numel()
@@ -115,6 +117,17 @@ def test_a_long_sequence_keeps_nothing_but_the_result(tokens, short, calls, monk
     o.backward(do)
     assert len(weights) == (forward if short else 2 * forward)
     assert len(calls) == 1
+
+
+def test_nothing_is_kept_for_nobody(calls, monkeypatch):
+    places = []
+    monkeypatch.setattr(
+        attention_bf16, "_Kept", lambda flat, own=attention_bf16._Kept: places.append(flat) or own(flat)
+    )
+    tensors, _, _ = draw(batch=1, sq=16, sk=16, dtype=BF16)
+    attention(**tensors, causal=True, impl="torch")
+    attention(**{name: x.requires_grad_() for name, x in tensors.items()}, causal=True, impl="torch")
+    assert [flat.numel() > 0 for flat in places] == [False, True]
 
 
 @pytest.mark.parametrize("name", CASES)
